@@ -1,0 +1,55 @@
+"""What every runtime promises: the same images for the same requests, from the same initial latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to generate. ``(seed, index)`` fixes its initial latents whatever batch it is in."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    index: int = 0
+
+
+#: Called after each denoising step with (steps done, steps in all).
+Progress = Callable[[int, int], None]
+
+
+class Runtime(Protocol):
+    """A text-to-image model that can be asked for images."""
+
+    name: str  #: as in reports: ``base torch``, ``edited onnx``, …
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Images as uint8 with shape (n, height, width, 3), in the order of the requests."""
+        ...
+
+
+def initial_latents(requests: Sequence[Request], shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+    """Standard normal latents, float32 with shape (n, *shape), from a Philox generator keyed by (seed, index).
+
+    ``shape`` is (channels, height, width). Every runtime draws them here, on the CPU, so that a difference between two
+    runtimes is the runtime's.
+    """
+    return np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=[request.seed, request.index])).standard_normal(shape, np.float32)
+            for request in requests
+        ]
+    )
