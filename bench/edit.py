@@ -1,0 +1,227 @@
+"""How long an edit takes and how exact it is: excise against the published, layer-by-layer form.
+
+    python bench/edit.py [--json] [--repeat N] [--layers N]
+
+The shapes are Stable Diffusion 1.4's: K and V of 16 cross-attention layers, 768 wide, 77 tokens. Weights and
+layer-normed embeddings are random, from a seed. UCE and three epochs of RECE erase one concept and keep one prompt.
+
+*excise*     float64, one transform for all layers, applied to every float32 weight at the end.
+*products*   what no such method can do without, as excise does them: Σ WᵀW, and W T for every weight.
+*published*  float32, written from a reading of github.com/CharlesGong12/RECE at 403a67f: for every weight it maps the
+             tokens by all weights and uses one of the results (timed apart as ``published_unused``), sums outer
+             products token by token, and inverts. Left out in its favour: it also runs the text encoder again for every
+             weight, and copies the modules that it edits.
+*reference*  float64, layer by layer, with solves instead of inverses: what both errors are measured against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from excise.edit.gram import gram
+from excise.edit.rece import EPOCH_SCALES, rece
+from excise.edit.tokens import Concept, last_subject_pairs
+from excise.edit.uce import Scales
+
+WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320)
+D, TOKENS, EPOCHS, RIDGE = 768, 77, 3, 0.1
+UCE_SCALES = Scales(1.0, keep=1.0, ridge=0.5)
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights and embeddings, all float32."""
+
+    weights: list[Tensor]
+    concept: Concept
+    kept: Tensor
+
+
+def problem(layers: int, seed: int) -> Problem:
+    """Random inputs in the shapes of the first ``layers`` cross-attention layers."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [
+        torch.randn(width, D, generator=generator) * D**-0.5 for width in WIDTHS[:layers] for _projection in ("k", "v")
+    ]
+    tokens, blank = (
+        torch.nn.functional.layer_norm(torch.randn(TOKENS, D, generator=generator), (D,)) for _prompt in range(2)
+    )
+    return Problem(weights, Concept(tokens, blank, tokens_length=4, target_length=2), blank)
+
+
+def excise(given: Problem) -> list[Tensor]:
+    """The edited weights, float32."""
+    result = rece(
+        given.weights,
+        [given.concept],
+        [given.kept],
+        uce_scales=UCE_SCALES,
+        epoch_scales=EPOCH_SCALES,
+        epochs=EPOCHS,
+        ridge=RIDGE,
+    )
+    return [result.transform.on_weight(weight, site) for site, weight in enumerate(given.weights)]
+
+
+class Published:
+    """The layer-by-layer form in float32, with outer products and inverses."""
+
+    def __init__(self) -> None:
+        self.unused = 0.0
+
+    def __call__(self, given: Problem) -> list[Tensor]:
+        """The edited weights; ``unused`` grows by the seconds spent on values that nothing reads."""
+        keep: Pairs = [(given.kept, given.kept)]
+        weights = self._edit(given.weights, [last_subject_pairs(given.concept)], keep, UCE_SCALES)
+        for epoch in range(1, EPOCHS + 1):
+            progress(f"published: epoch {epoch} of {EPOCHS}")
+            derived = self._derive(weights, given.weights, given.concept.tokens)
+            weights = self._edit(weights, [(derived, given.concept.target)], keep, EPOCH_SCALES)
+        return weights
+
+    def _edit(self, weights: list[Tensor], erased: Pairs, kept: Pairs, scales: Scales) -> list[Tensor]:
+        edited = []
+        for site, weight in enumerate(weights):
+            numerator, normal = scales.ridge * weight, scales.ridge * torch.eye(D)
+            for scale, pairs in ((scales.erase, erased), (scales.keep, kept)):
+                for tokens, targets in pairs:
+                    numerator = numerator + scale * self._outer(self._value(weights, site, targets), tokens)
+                    normal = normal + scale * self._outer(tokens, tokens)
+            edited.append(numerator @ torch.inverse(normal))
+        return edited
+
+    def _value(self, weights: list[Tensor], site: int, targets: Tensor) -> Tensor:
+        value = targets @ weights[site].T
+        start = time.perf_counter()
+        for other, weight in enumerate(weights):
+            if other != site:
+                targets @ weight.T
+        self.unused += time.perf_counter() - start
+        return value
+
+    @staticmethod
+    def _outer(left: Tensor, right: Tensor) -> Tensor:
+        return (left[:, :, None] @ right[:, None, :]).sum(dim=0)
+
+    @staticmethod
+    def _derive(edited: list[Tensor], original: list[Tensor], tokens: Tensor) -> Tensor:
+        normal, cross = RIDGE * torch.eye(D), torch.zeros(D, D)
+        for new, old in zip(edited, original, strict=True):
+            normal = normal + new.T @ new
+            cross = cross + new.T @ old
+        return tokens @ (torch.inverse(normal) @ cross).T
+
+
+def reference(given: Problem) -> list[Tensor]:
+    """The edited weights in float64, layer by layer, with solves."""
+    original = [weight.double() for weight in given.weights]
+    tokens, target, kept = given.concept.tokens.double(), given.concept.target.double(), given.kept.double()
+    identity = torch.eye(D, dtype=torch.float64)
+
+    def edit(weights: list[Tensor], source: Tensor, aim: Tensor, scales: Scales) -> list[Tensor]:
+        normal = scales.erase * source.T @ source + scales.keep * kept.T @ kept + scales.ridge * identity
+        right = scales.erase * aim.T @ source + scales.keep * kept.T @ kept + scales.ridge * identity
+        return [torch.linalg.solve(normal, (weight @ right).T).T for weight in weights]
+
+    source, aim = last_subject_pairs(given.concept)
+    weights = edit(original, source.double(), aim.double(), UCE_SCALES)
+    for _epoch in range(EPOCHS):
+        normal, right = RIDGE * identity, torch.zeros(D, TOKENS, dtype=torch.float64)
+        for new, old in zip(weights, original, strict=True):
+            normal, right = normal + new.T @ new, right + new.T @ (old @ tokens.T)
+        weights = edit(weights, torch.linalg.solve(normal, right).T, target, EPOCH_SCALES)
+    return weights
+
+
+def relative_error(weights: list[Tensor], exact: list[Tensor]) -> float:
+    """Frobenius, over all weights together."""
+    difference = sum(
+        float((ours.double() - theirs).square().sum()) for ours, theirs in zip(weights, exact, strict=True)
+    )
+    return float((difference / sum(float(theirs.square().sum()) for theirs in exact)) ** 0.5)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def run(layers: int, repeat: int, seed: int) -> dict[str, object]:
+    """All timings (seconds, medians; the published form runs once) and errors."""
+    given = problem(layers, seed)
+    progress("reference")
+    exact = reference(given)
+    times: dict[str, list[float]] = {"excise": [], "gram": [], "application": []}
+    # The values don't matter to the time, only that they are no special case.
+    step = rece(given.weights, [given.concept], [given.kept], uce_scales=UCE_SCALES, epochs=0, ridge=RIDGE).transform
+    for number in range(repeat):
+        progress(f"excise and products: run {number + 1} of {repeat}")
+        times["excise"].append(seconds(lambda: excise(given)))
+        times["gram"].append(seconds(lambda: gram(given.weights)))
+        times["application"].append(seconds(lambda: [step.on_weight(weight) for weight in given.weights]))
+    error = relative_error(excise(given), exact)
+    progress("published: UCE")
+    published = Published()
+    start = time.perf_counter()
+    weights = published(given)
+    total = time.perf_counter() - start
+    median = {name: statistics.median(values) for name, values in times.items()}
+    products = median["gram"] + median["application"]
+    return {
+        "layers": layers,
+        "matrices": 2 * layers,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "repeat": repeat,
+        "seed": seed,
+        "seconds": {**median, "products": products, "published": total, "published_unused": published.unused},
+        "published_over_excise": total / median["excise"],
+        "published_without_unused_over_excise": (total - published.unused) / median["excise"],
+        "excise_over_products": median["excise"] / products,
+        "relative_error": {"excise": error, "published": relative_error(weights, exact)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of excise and of the products (3)")
+    parser.add_argument("--layers", type=int, default=16, metavar="N", help="cross-attention layers, 1 to 16 (16)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and embeddings (0)")
+    arguments = parser.parse_args()
+    if arguments.repeat < 1 or not 1 <= arguments.layers <= len(WIDTHS):
+        parser.error(f"--repeat takes 1 or more, --layers 1 to {len(WIDTHS)}")
+    with torch.inference_mode():
+        result = run(arguments.layers, arguments.repeat, arguments.seed)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{result['matrices']} weights, torch {result['torch']}, {result['threads']} threads")
+    for group in ("seconds", "relative_error"):
+        figures = result[group]
+        assert isinstance(figures, dict)
+        print(group.replace("_", " "))
+        for name, value in figures.items():
+            print(f"  {name:<40}{value:.4g}")
+    for name in ("published_over_excise", "published_without_unused_over_excise", "excise_over_products"):
+        print(f"{name.replace('_', ' '):<42}{result[name]:.3g}")
+
+
+if __name__ == "__main__":
+    main()

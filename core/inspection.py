@@ -1,0 +1,42 @@
+"""What ``excise inspect`` says of a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from excise.editfile import load_edit
+from excise.errors import UsageError
+from excise.manifest import read_manifest, verify
+
+
+def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
+    """A document, text for people, and whether what was found is sound.
+
+    Raises:
+        UsageError: ``path`` doesn't exist.
+        EditError, ArtefactError: unreadable.
+    """
+    if path.is_file():
+        edit = load_edit(path)
+        metadata = edit.metadata
+        lines = [f"{path}: an edit", f"  id        {edit.id}", f"  {edit.summary}"]
+        lines += [f"  erase     {concept.erase!r} → {concept.to!r}" for concept in metadata.concepts]
+        lines += [f"  {name:<24} {value}" for name, value in metadata.hyperparameters.items()]
+        document = {"kind": "edit", "path": str(path), "id": edit.id, "metadata": metadata.model_dump(mode="json")}
+        return document, "\n".join(lines), True
+    if not path.is_dir():
+        raise UsageError(f"{path} doesn't exist: name an edit file or an exported folder")
+    manifest = read_manifest(path)
+    problems = verify(path)
+    lines = [f"{path}: {manifest.kind}, {len(manifest.files)} files"]
+    lines += [f"  edit      {manifest.edit.id}", f"  {manifest.edit.summary}"] if manifest.edit else ["  edit      none"]
+    lines += [f"  problem   {problem}" for problem in problems] or ["  every file matches its SHA-256"]
+    document = {
+        "kind": "artefact",
+        "path": str(path),
+        "sound": not problems,
+        "problems": [str(problem) for problem in problems],
+        "manifest": manifest.model_dump(mode="json"),
+    }
+    return document, "\n".join(lines), not problems

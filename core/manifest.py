@@ -1,0 +1,284 @@
+"""The manifest ``excise.json``: what an artefact holds, which edit it carries, and where every edited weight went.
+
+It lies in every folder that excise writes. ``write_manifest`` hashes the folder, ``read_manifest`` parses it back, and
+``verify`` compares the folder with it. The JSON is deterministic (sorted keys, no dates), so equal artefacts have
+equal manifests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+
+from excise.errors import ArtefactError
+
+NAME = "excise.json"
+FORMAT = 1
+TOOLS = ("diffusers", "numpy", "onnx", "onnxruntime", "optimum", "optimum-onnx", "torch", "transformers")
+_CHUNK = 1 << 22
+_SHOW_PROGRESS_FROM = 200_000_000
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _inside(path: str) -> str:
+    """``path`` if it is relative, written with ``/`` and stays in its folder."""
+    pure = PurePosixPath(path)
+    if not path or "\\" in path or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
+        raise ValueError(f"{path!r} is not a path inside the folder")
+    return path
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Model):
+    """One file: its size in bytes and its SHA-256."""
+
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+
+class EditEntry(_Model):
+    """The edit that the artefact carries.
+
+    Attributes:
+        id: SHA-256 of the edit file's content.
+        summary: The edit on one line.
+        sites: Names of the moved weights, relative to the UNet.
+    """
+
+    id: str = Field(min_length=1)
+    summary: str
+    sites: tuple[str, ...]
+
+
+class BaseEntry(_Model):
+    """The unedited model that the artefact was made from.
+
+    Attributes:
+        name: Hub id, or the last part of the folder's path.
+        pipeline: Class of the pipeline, e.g. ``StableDiffusionPipeline``.
+        weights: SHA-256 of each of the UNet's weight files; empty where the model came from the hub.
+    """
+
+    name: str
+    pipeline: str
+    weights: dict[str, Sha256] = {}
+
+
+class WeightEntry(_Model):
+    """Where one torch weight is in the artefact.
+
+    Attributes:
+        file: The ONNX file, relative to the artefact's folder.
+        node: Name of the node that reads the weight.
+        initializer: Name of the initialiser.
+        transposed: Whether the initialiser holds the weight's transpose (d × o in place of o × d).
+        dtype: The initialiser's, in NumPy's words.
+        shape: The initialiser's.
+        sha256: Of the initialiser's bytes, C order, little-endian.
+        engine_weight: The weight's name in an engine's refitter, if there is an engine.
+    """
+
+    file: str
+    node: str
+    initializer: str
+    transposed: bool
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: Sha256
+    engine_weight: str | None = None
+
+    _file_inside = field_validator("file")(_inside)
+
+
+class Manifest(_Model):
+    """``excise.json``.
+
+    Attributes:
+        format: Version of this format.
+        kind: What the folder is, e.g. ``onnx-pipeline``.
+        excise: Version of excise that wrote it.
+        tools: Versions of the libraries that it was made with.
+        base: The unedited model.
+        edit: The edit; ``None`` for an unedited model.
+        files: Every file of the folder but the manifest, by relative path.
+        weights: Every weight that the edit moves, by torch name relative to the UNet.
+        parity: Measured figures, by name.
+    """
+
+    format: int = FORMAT
+    kind: str
+    excise: str
+    tools: dict[str, str] = {}
+    base: BaseEntry
+    edit: EditEntry | None = None
+    files: dict[str, FileEntry]
+    weights: dict[str, WeightEntry] = {}
+    parity: dict[str, FiniteFloat] = {}
+
+    @field_validator("files")
+    @classmethod
+    def _files_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for path in files:
+            _inside(path)
+        return files
+
+    def to_json(self) -> str:
+        """The manifest as deterministic JSON, with a final newline."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+
+def tool_versions(names: tuple[str, ...] = TOOLS) -> dict[str, str]:
+    """Versions of the installed distributions among ``names``; nothing is imported."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hash_file(path: Path, tick: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file, read in blocks; ``tick`` is told the number of bytes after each."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_CHUNK):
+            digest.update(block)
+            if tick is not None:
+                tick(len(block))
+    return digest.hexdigest()
+
+
+def _paths(folder: Path) -> list[str]:
+    """Relative paths of every file below ``folder`` but the manifest, sorted."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path for path in found if path != NAME)
+
+
+def _hash_all(folder: Path, paths: list[str]) -> dict[str, FileEntry]:
+    """Sizes and hashes of ``paths``; progress on stderr once there are more than 200 MB to read."""
+    sizes = {path: (folder / path).stat().st_size for path in paths}
+    total = sum(sizes.values())
+    with ExitStack() as stack:
+        tick = None
+        if total > _SHOW_PROGRESS_FROM:
+            from tqdm import tqdm
+
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc="hashing", file=sys.stderr, leave=False)
+            tick = stack.enter_context(bar).update
+        return {path: FileEntry(size=sizes[path], sha256=hash_file(folder / path, tick)) for path in paths}
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    kind: str,
+    base: BaseEntry,
+    edit: EditEntry | None = None,
+    weights: Mapping[str, WeightEntry] | None = None,
+    parity: Mapping[str, float] | None = None,
+    tools: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Hash every file of ``folder`` and write its ``excise.json``, in place of one that is there.
+
+    Args:
+        folder: The finished artefact.
+        kind, base, edit, weights, parity: See ``Manifest``.
+        tools: Versions of libraries; by default those of ``TOOLS`` that are installed.
+
+    Raises:
+        ArtefactError: A weight's ONNX file isn't in the folder, or a figure isn't finite.
+    """
+    files = _hash_all(folder, _paths(folder))
+    for name, weight in (weights or {}).items():
+        if weight.file not in files:
+            raise ArtefactError(f"{folder} has no {weight.file}, which should hold {name}")
+    try:
+        manifest = Manifest(
+            kind=kind,
+            excise=version("excise"),
+            tools=dict(tool_versions() if tools is None else tools),
+            base=base,
+            edit=edit,
+            files=files,
+            weights=dict(weights or {}),
+            parity=dict(parity or {}),
+        )
+    except ValidationError as error:
+        raise ArtefactError(f"the manifest of {folder} can't be written: {_first(error)}") from error
+    (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _first(error: ValidationError) -> str:
+    """The first of pydantic's errors, on one line, with the field's name."""
+    details = error.errors()[0]
+    field = ".".join(str(part) for part in details["loc"])
+    return " ".join(f"{field}: {details['msg']}".split())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse ``folder``'s ``excise.json``.
+
+    Raises:
+        ArtefactError: There is none, it isn't JSON, its format is another version's, or a field is wrong.
+    """
+    path = folder / NAME
+    try:
+        raw = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "has no excise.json: it wasn't written by excise export" if folder.exists() else "doesn't exist"
+        raise ArtefactError(f"{folder} {what}") from error
+    except OSError as error:
+        raise ArtefactError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} isn't JSON ({error}): export again") from error
+    if not isinstance(raw, dict) or "format" not in raw:
+        raise ArtefactError(f"{path} isn't a manifest of excise: it has no format version")
+    if type(raw["format"]) is not int or raw["format"] != FORMAT:
+        raise ArtefactError(
+            f"{path} has format version {raw['format']!r}, and this excise reads version {FORMAT}: use the excise that "
+            "wrote it, or export again"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise ArtefactError(f"{path} is malformed: {_first(error)}") from error
+
+
+def verify(folder: Path) -> list[str]:
+    """Compare ``folder`` with its manifest.
+
+    Returns:
+        One line for each file that is missing, altered or not in the manifest, sorted by path; empty if none.
+
+    Raises:
+        ArtefactError: The manifest itself can't be read.
+    """
+    expected = read_manifest(folder).files
+    present = [path for path in _paths(folder) if (folder / path).is_file()]
+    problems = {path: f"{path} is missing" for path in set(expected) - set(present)}
+    problems |= {path: f"{path} is not in the manifest" for path in set(_paths(folder)) - set(expected)}
+    unchanged_size = []
+    for path in sorted(set(present) & set(expected)):
+        size = (folder / path).stat().st_size
+        if size == expected[path].size:
+            unchanged_size.append(path)
+        else:
+            problems[path] = f"{path} was altered: {size} bytes, and the manifest says {expected[path].size}"
+    for path, entry in _hash_all(folder, unchanged_size).items():
+        if entry.sha256 != expected[path].sha256:
+            problems[path] = f"{path} was altered: its SHA-256 isn't the manifest's"
+    return [problems[path] for path in sorted(problems)]

@@ -1,0 +1,150 @@
+"""UCE's closed form from streamed statistics (Gandikota et al., WACV 2024, arXiv 2308.14761, eq. 3).
+
+Rows of ``C`` (m × d) are tokens to erase, rows of ``C*`` their targets, rows of ``P`` tokens to keep:
+
+    min over W_i of   s ‖W_i Cᵀ − W_i⁰ C*ᵀ‖² + λ₁ ‖(W_i − W_i⁰) Pᵀ‖² + λ₂ ‖W_i − W_i⁰‖²
+
+    S = s CᵀC + λ₁ PᵀP + λ₂ I          W_i = W_i⁰ (I + s (C* − C)ᵀ C S⁻¹)
+
+The right-hand factor is the same for every layer. Technique ``tensor`` aims at ``W_i⁰ c* − α_i W_i⁰ c`` instead, with
+a scalar for each layer and concept, and shares ``S`` all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from excise.edit.cholesky import finite, solve
+from excise.edit.tokens import rows
+from excise.edit.transform import Step
+from excise.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The weights of the three terms.
+
+    Attributes:
+        erase: s.
+        keep: λ₁.
+        ridge: λ₂.
+
+    Raises:
+        UsageError: a scale that is negative or not finite.
+    """
+
+    erase: float = 1.0
+    keep: float = field(kw_only=True)
+    ridge: float = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, value in (("erase", self.erase), ("keep", self.keep), ("ridge", self.ridge)):
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{name} = {value:g}: give a finite scale of 0 or more")
+
+
+class Fitter:
+    """Accumulates ``CᵀC``, ``(C* − C)ᵀC`` and ``PᵀP``; ``fit`` solves. Memory is O(d²) for any number of prompts.
+
+    Up to d/2 erased tokens their rows stand for ``(C* − C)ᵀC``: the solve has that many right-hand sides, and the rank
+    of the step comes out exact (noise 10⁻¹⁵ beyond it; 10⁻¹² by the d × d product, which ``S⁻¹`` amplifies).
+    Concepts with scalars (technique ``tensor``) keep their rows, one (t, d) matrix each.
+    """
+
+    def __init__(self, dim: int, *, device: torch.device | str = "cpu") -> None:
+        if dim < 1:
+            raise UsageError(f"dim = {dim}: give the width of the text encoder's output")
+        self.dim = dim
+        self._erased = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._kept = torch.zeros_like(self._erased)
+        self._cross: Tensor | None = None
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._scaled: list[tuple[Tensor, Tensor]] = []
+
+    def copy(self) -> Fitter:
+        """A fitter that starts from these statistics and leaves them alone."""
+        other = Fitter(self.dim, device=self._erased.device)
+        other._erased, other._kept = self._erased.clone(), self._kept.clone()
+        other._cross = None if self._cross is None else self._cross.clone()
+        other._pairs, other._scaled = list(self._pairs), list(self._scaled)
+        return other
+
+    def erase(self, tokens: Tensor, targets: Tensor, scalars: Tensor | None = None) -> Fitter:
+        """Send every row of ``tokens`` to its row of ``targets``.
+
+        Args:
+            tokens: ``C`` with shape (m, d).
+            targets: ``C*`` with shape (m, d).
+            scalars: ``α_i`` with shape (n_sites,), which makes the aim ``W_i c* − α_i W_i c``.
+
+        Raises:
+            UsageError: other shapes, or scalars for another number of sites than before.
+            NumericsError: inf or nan.
+        """
+        source, target = self._rows(tokens), self._rows(targets)
+        if len(source) != len(target):
+            raise UsageError(f"{len(source)} tokens to erase and {len(target)} targets: give one target for each token")
+        self._erased.addmm_(source.T, source)
+        self._pairs.append((source, target - source))
+        if self._cross is not None or sum(len(pair) for pair, _ in self._pairs) > self.dim // 2:
+            self._fold()
+        if scalars is not None:
+            sites = len(self._scaled[0][1]) if self._scaled else len(scalars)
+            if scalars.ndim != 1 or len(scalars) != sites:
+                raise UsageError(f"scalars of shape {tuple(scalars.shape)}: give one for each of {sites} weights")
+            self._scaled.append((source, finite(scalars.to(source))))
+        return self
+
+    def keep(self, tokens: Tensor) -> Fitter:
+        """Hold what the weights make of every row of ``tokens`` with shape (n, d). Raises as ``erase`` does."""
+        kept = self._rows(tokens)
+        self._kept.addmm_(kept.T, kept)
+        return self
+
+    def keep_all(self, kept: Iterable[Tensor]) -> Fitter:
+        """``keep`` each, reading ``kept`` once."""
+        for tokens in kept:
+            self.keep(tokens)
+        return self
+
+    def fit(self, scales: Scales) -> Step:
+        """The step that minimises the three terms (UCE, eq. 3); it stays as it is when the fitter goes on.
+
+        Raises:
+            NumericsError: ``S`` is singular (too small a ridge for the tokens given), or the step isn't finite.
+        """
+        identity = torch.eye(self.dim, dtype=torch.float64, device=self._erased.device)
+        normal = (scales.erase * self._erased).add_(self._kept, alpha=scales.keep).add_(identity, alpha=scales.ridge)
+
+        def right(rows: Tensor) -> Tensor:
+            """``rows S⁻¹``."""
+            return solve(normal, rows.T, ridge=scales.ridge, name="ridge").T
+
+        if self._cross is None:
+            # No pairs leave two (0, d) matrices: the step is the identity.
+            source = torch.cat([normal[:0], *(pair[0] for pair in self._pairs)])
+            change = torch.cat([normal[:0], *(pair[1] for pair in self._pairs)])
+            shared = change.T @ right(source)
+        else:
+            shared = right(self._cross)
+        shared = finite(identity.add_(shared, alpha=scales.erase))
+        if not self._scaled:
+            return Step.of(shared)
+        scaled = [scales.erase * (tokens.T @ right(tokens)) for tokens, _ in self._scaled]
+        return Step(shared, finite(torch.stack(scaled)), torch.stack([alpha for _, alpha in self._scaled], dim=1))
+
+    def _rows(self, tokens: Tensor) -> Tensor:
+        return rows(tokens, self.dim).to(self._erased.device)
+
+    def _fold(self) -> None:
+        """From here on ``(C* − C)ᵀC`` stands for the rows."""
+        if self._cross is None:
+            self._cross = torch.zeros_like(self._erased)
+        for source, change in self._pairs:
+            self._cross.addmm_(change.T, source)
+        self._pairs.clear()

@@ -1,0 +1,102 @@
+"""Which token of a concept becomes which token of its target: the rows of ``C`` and ``C*``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from excise.edit.cholesky import is_finite
+from excise.errors import NumericsError, UsageError
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept to erase and what takes its place, as the text encoder puts them out.
+
+    Attributes:
+        tokens: the concept at every position, with shape (t, d).
+        target: the target at every position, with shape (t, d).
+        tokens_length: ``attention_mask.sum()`` of the concept's prompt, start and end tokens included.
+        target_length: the same for the target's prompt.
+
+    Raises:
+        UsageError: the shapes differ, or a length isn't from 2 to t.
+        NumericsError: an embedding holds inf or nan.
+    """
+
+    tokens: Tensor
+    target: Tensor
+    tokens_length: int
+    target_length: int
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.tokens.shape != self.target.shape:
+            shapes = f"{tuple(self.tokens.shape)} and {tuple(self.target.shape)}"
+            raise UsageError(f"a concept of shapes {shapes}: give the same (t, d) for tokens and target")
+        rows(self.tokens, self.tokens.shape[1])
+        rows(self.target, self.target.shape[1])
+        for name, length in (("tokens_length", self.tokens_length), ("target_length", self.target_length)):
+            if not 2 <= length <= len(self.tokens):
+                raise UsageError(f"{name} = {length}: give the attention mask's sum, from 2 to {len(self.tokens)}")
+
+    @property
+    def dim(self) -> int:
+        """d, the width of the text encoder's output."""
+        return self.tokens.shape[1]
+
+
+Rule = Callable[[Concept], tuple[Tensor, Tensor]]
+
+
+def last_subject_pairs(concept: Concept) -> tuple[Tensor, Tensor]:
+    """``C`` and ``C*`` with shape (m, d): from the last token before the end of text to the last position.
+
+    The rule of UCE's training script in the published RECE code (ECCV 2024, arXiv 2407.12383): each slice starts at
+    ``attention_mask.sum() − 2``, and the longer one loses its last rows. An empty prompt starts at its start token.
+    """
+    first, first_target = concept.tokens_length - 2, concept.target_length - 2
+    count = len(concept.tokens) - max(first, first_target)
+    return concept.tokens[first : first + count], concept.target[first_target : first_target + count]
+
+
+def all_pairs(concept: Concept) -> tuple[Tensor, Tensor]:
+    """``C`` and ``C*`` with shape (t, d): every position, one by one, the start token included."""
+    return concept.tokens, concept.target
+
+
+#: By the names that the command line and the edit file use.
+RULES: Mapping[str, Rule] = MappingProxyType({"last-subject": last_subject_pairs, "all": all_pairs})
+
+
+def rows(tokens: Tensor, dim: int) -> Tensor:
+    """``tokens`` with shape (n, dim) as float64, detached.
+
+    Raises:
+        UsageError: another shape.
+        NumericsError: inf or nan.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] != dim:
+        raise UsageError(f"embeddings of shape {tuple(tokens.shape)}: give (tokens, {dim})")
+    if not is_finite(tokens):
+        raise NumericsError("an embedding holds inf or nan: load the text encoder in float32")
+    return tokens.detach().to(torch.float64)
+
+
+def width(weights: Sequence[Tensor], concepts: Sequence[Concept]) -> int:
+    """d, which all ``weights`` (o_i × d) and all ``concepts`` must share. Raises ``UsageError`` where they don't."""
+    if not weights:
+        raise UsageError("no weight to edit: give the K and V projections of the cross-attention layers")
+    if not concepts:
+        raise UsageError("no concept to erase: give at least one")
+    dim = weights[0].shape[-1]
+    for site, weight in enumerate(weights):
+        if weight.ndim != 2 or weight.shape[1] != dim:
+            raise UsageError(f"weight {site} has shape {tuple(weight.shape)}: give (o, {dim}) like weight 0")
+    for index, concept in enumerate(concepts):
+        if concept.dim != dim:
+            raise UsageError(f"concept {index} has width {concept.dim}, weights {dim}: use the model's text encoder")
+    return dim

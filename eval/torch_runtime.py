@@ -1,0 +1,132 @@
+"""A diffusers Stable Diffusion pipeline as a ``serve.runtime.Runtime``: the reference for every other runtime.
+
+What is fixed here so that another runtime can do exactly the same:
+
+- the initial latents are ``initial_latents``; the pipeline itself multiplies them by ``scheduler.init_noise_sigma``;
+- prompts are padded to the tokenizer's maximal length, and a longer prompt is refused instead of cut;
+- the image is ``vae.decode(latents / scaling_factor)``, mapped to [0, 1], clipped, times 255 and rounded; no safety
+  checker ever replaces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from excise.errors import PromptTooLong, UsageError
+from excise.serve.runtime import Progress, Request, initial_latents
+
+
+class TorchRuntime:
+    """Images of a ``StableDiffusionPipeline``, or of anything that is called and built like one.
+
+    Args:
+        pipeline: with ``tokenizer``, ``text_encoder``, ``unet``, ``vae``, ``scheduler`` and ``image_processor``, on the
+            device and in the precision to run with. Its progress bars are switched off.
+        name: as in reports.
+        batch_size: images denoised together (twice as many samples with guidance).
+    """
+
+    def __init__(self, pipeline: Any, *, name: str, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+        self.name, self.pipeline, self.batch_size = name, pipeline, batch_size
+        pipeline.set_progress_bar_config(disable=True)
+        sample_size = pipeline.unet.config.sample_size
+        height, width = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
+        #: (channels, height, width) of one image's latents.
+        self.latent_shape: tuple[int, int, int] = (pipeline.unet.config.in_channels, height, width)
+        #: (height, width) of one image, in pixels.
+        self.image_size: tuple[int, int] = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Images as uint8 with shape (n, height, width, 3), in the order of the requests.
+
+        ``progress`` counts the steps of all batches together.
+
+        Raises:
+            PromptTooLong: a prompt or negative prompt has more tokens than the text encoder reads.
+        """
+        latents = self.denoise(
+            requests, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, progress=progress
+        )
+        images = [self._decode(latents[start : start + self.batch_size]) for start in self._starts(requests)]
+        return np.concatenate([np.zeros((0, *self.image_size, 3), np.uint8), *images])
+
+    def denoise(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Final latents, before the VAE, as float32 with shape (n, channels, height, width).
+
+        Raises:
+            PromptTooLong: a prompt or negative prompt has more tokens than the text encoder reads.
+        """
+        for request in requests:
+            self._check_length(request.prompt)
+            self._check_length(request.negative_prompt)
+        starts = self._starts(requests)
+        latents = [np.zeros((0, *self.latent_shape), np.float32)]
+        for number, start in enumerate(starts):
+            batch = requests[start : start + self.batch_size]
+
+            def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                if progress is not None:
+                    steps: int = pipeline.num_timesteps
+                    progress(number * steps + step + 1, len(starts) * steps)  # noqa: B023 - called within this round
+                return tensors
+
+            output = self.pipeline(
+                prompt=[request.prompt for request in batch],
+                negative_prompt=[request.negative_prompt for request in batch],
+                height=self.image_size[0],
+                width=self.image_size[1],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                latents=torch.from_numpy(initial_latents(batch, self.latent_shape)).to(self.pipeline.unet.dtype),
+                output_type="latent",
+                callback_on_step_end=step_done,
+            )
+            latents.append(output.images.float().cpu().numpy())
+        return np.concatenate(latents)
+
+    def _starts(self, requests: Sequence[Request]) -> range:
+        return range(0, len(requests), self.batch_size)
+
+    @torch.no_grad()
+    def _decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+        """As ``StableDiffusionPipeline.__call__`` does after the last step, without the safety checker."""
+        vae = self.pipeline.vae
+        samples = torch.from_numpy(latents).to(vae.device, vae.dtype) / vae.config.scaling_factor
+        images = self.pipeline.image_processor.postprocess(vae.decode(samples, return_dict=False)[0], output_type="np")
+        pixels: npt.NDArray[np.uint8] = np.round(images * 255).astype(np.uint8)
+        return pixels
+
+    def _check_length(self, prompt: str) -> None:
+        tokenizer = self.pipeline.tokenizer
+        limit = min(tokenizer.model_max_length, self.pipeline.text_encoder.config.max_position_embeddings)
+        # Not through tokenizer(prompt): that logs its own warning about an over-long prompt.
+        length = len(tokenizer.tokenize(prompt)) + tokenizer.num_special_tokens_to_add()
+        if length > limit:
+            raise PromptTooLong(
+                f"a prompt of {length} tokens, where the text encoder reads {limit}: shorten {_shown(prompt)}"
+            )
+
+
+def _shown(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 60 else prompt[:57] + "...")

@@ -1,0 +1,184 @@
+"""An ONNX file as nodes and initialisers by name, without its external data until that is asked for."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from excise.errors import ArtefactError, MissingExtra
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+EDIT_ID = "excise.edit_id"
+_INPUT = {"weight": {"MatMul": 1, "Gemm": 1, "Conv": 1}, "bias": {"Gemm": 2, "Conv": 2, "Add": 0}}
+
+
+def node_prefix(name: str) -> str:
+    """Path of the node that a torch weight belongs to: ``a.0.to_k.weight`` → ``/a.0/to_k/``.
+
+    Raises:
+        ArtefactError: ``name`` is not a module's weight or bias.
+    """
+    module, _, kind = name.rpartition(".")
+    if not module or kind not in _INPUT:
+        raise ArtefactError(f"{name} is not a weight or bias of a module: it can't be found in an ONNX graph")
+    path = ""
+    for part in module.split("."):
+        path += f".{part}" if part.isdigit() else f"/{part}"
+    return path + "/"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A node, the initialiser that it reads, and whether that is the torch weight's transpose."""
+
+    node: str
+    initializer: str
+    transposed: bool
+
+
+class Graph:
+    """An ONNX file with its nodes and initialisers indexed by name; external data is read when asked for.
+
+    Raises:
+        ArtefactError: ``path`` is missing or isn't an ONNX model.
+        MissingExtra: onnx isn't installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = load_graph(path)
+        graph = self.model.graph
+        self.nodes: dict[str, NodeProto] = {node.name: node for node in graph.node}
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self.producers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
+        self.readers: dict[str, list[str]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node.name)
+
+    def locate(self, name: str) -> Location:
+        """The node of torch weight ``name`` and the initialiser that it reads, by path alone.
+
+        Raises:
+            ArtefactError: There is no such node, or what it reads isn't an initialiser.
+        """
+        prefix, kind = node_prefix(name), name.rpartition(".")[2]
+        for operator, position in _INPUT[kind].items():
+            node = self.nodes.get(prefix + operator)
+            if node is not None and node.op_type == operator and len(node.input) > position:
+                break
+        else:
+            there = sorted(other for other in self.nodes if other.startswith(prefix))
+            found = f"only {', '.join(there[:3])}" if there else "nothing there"
+            raise ArtefactError(f"{name} is not in {self.path}: no node {prefix}{next(iter(_INPUT[kind]))}, {found}")
+        inputs = list(node.input)
+        if operator == "Add" and self._root(inputs[0])[0] not in self.initializers:
+            position = 1
+        source, flips = self._root(inputs[position])
+        if source not in self.initializers:
+            raise ArtefactError(
+                f"{name} is not in {self.path}: input {position} of {node.name} is {source}, not an initialiser"
+            )
+        # MatMul multiplies by the transpose of a torch Linear's weight; Gemm says for itself.
+        stored = operator == "MatMul" or (operator == "Gemm" and position == 1 and not _attribute(node, "transB"))
+        return Location(node.name, source, stored != bool(flips % 2))
+
+    def _root(self, name: str) -> tuple[str, int]:
+        """What ``name`` is a copy of, through Identity and 2-D Transpose nodes, and the number of transposes."""
+        flips = 0
+        while name not in self.initializers and (node := self.producers.get(name)) is not None:
+            if node.op_type == "Transpose" and list(_attribute(node, "perm") or (1, 0)) == [1, 0]:
+                flips += 1
+            elif node.op_type != "Identity":
+                break
+            name = node.input[0]
+        return name, flips
+
+    def values(self, initializer: str) -> NDArray[Any]:
+        """An initialiser's values, with external data read from beside the file.
+
+        Raises:
+            ArtefactError: The external data is missing or too short.
+        """
+        from onnx import numpy_helper
+
+        tensor = copy.deepcopy(self.initializers[initializer])
+        try:
+            values: NDArray[Any] = numpy_helper.to_array(tensor, base_dir=str(self.path.parent))
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ArtefactError(f"{initializer} of {self.path} can't be read: {reason}") from error
+        return values
+
+    def holding(self, weight: NDArray[Any]) -> list[str]:
+        """Names of the initialisers whose values equal ``weight`` or its transpose; for messages only."""
+        shapes = {weight.shape, weight.T.shape}
+        near = (name for name, tensor in self.initializers.items() if tuple(tensor.dims) in shapes)
+        return sorted(name for name in near if equal(self.values(name), weight) or equal(self.values(name), weight.T))
+
+
+def _attribute(node: NodeProto, name: str) -> Any:
+    """The value of a node's attribute, ``None`` if it isn't set."""
+    from onnx import helper
+
+    return next((helper.get_attribute_value(one) for one in node.attribute if one.name == name), None)
+
+
+def equal(found: NDArray[Any], weight: NDArray[Any]) -> bool:
+    """Whether an initialiser holds ``weight`` exactly, after a cast to the initialiser's type."""
+    return found.shape == weight.shape and bool(np.array_equal(found, weight.astype(found.dtype)))
+
+
+def load_graph(path: Path) -> ModelProto:
+    """The ONNX model at ``path``, its external data left on disk.
+
+    Raises:
+        ArtefactError: ``path`` is missing or isn't an ONNX model.
+        MissingExtra: onnx isn't installed.
+    """
+    try:
+        import onnx
+    except ModuleNotFoundError as error:
+        raise MissingExtra("onnx", "export") from error
+    if not path.is_file():
+        raise ArtefactError(f"{path} doesn't exist: name a folder that holds an exported pipeline")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise ArtefactError(f"{path} isn't an ONNX model, or is cut off: {str(error).partition(chr(10))[0]}") from error
+    if not model.graph.node:
+        raise ArtefactError(f"{path} isn't an ONNX model: it has no nodes")
+    return model
+
+
+def save_graph(model: ModelProto, path: Path) -> None:
+    """Replace the ONNX file at ``path`` in one step; external data stays where it is and as it is."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(model.SerializeToString())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_edit_id(path: Path, edit_id: str) -> None:
+    """Store the edit's id in the ONNX model's own metadata (``excise.edit_id``), in place of one that is there."""
+    model = load_graph(path)
+    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != EDIT_ID]
+    del model.metadata_props[:]
+    for key, value in [*kept, (EDIT_ID, edit_id)]:
+        model.metadata_props.add(key=key, value=value)
+    save_graph(model, path)
+
+
+def read_edit_id(path: Path) -> str | None:
+    """The edit's id in the ONNX model's metadata; ``None`` for an unedited one."""
+    return next((entry.value for entry in load_graph(path).metadata_props if entry.key == EDIT_ID), None)

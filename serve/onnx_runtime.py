@@ -1,0 +1,199 @@
+"""Images from an exported Stable Diffusion 1 or 2 pipeline by ONNX Runtime, without PyTorch.
+
+The folder is what Optimum's text-to-image export writes: ``text_encoder``, ``unet`` and ``vae_decoder``, each with
+``model.onnx`` and ``config.json``, ``tokenizer`` and ``scheduler/scheduler_config.json``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from excise.errors import ArtefactError, ModelError, UsageError
+from excise.serve.denoising import check_requests, denoise, to_uint8
+from excise.serve.noise_schedule import Array
+from excise.serve.onnx_component import OnnxComponent, Provider, providers, read_config
+from excise.serve.runtime import Progress, Request, initial_latents
+from excise.serve.schedulers import read_scheduler
+from excise.serve.tokenizer import PromptTokenizer
+
+COMPONENTS = ("text_encoder", "unet", "vae_decoder")
+
+
+class OnnxRuntime:
+    """An exported pipeline. It has no state between calls, so threads can share it.
+
+    ``folder`` is the export, ``name`` what reports call it, ``provider`` where it runs (``cuda`` and ``tensorrt`` need
+    the extra ``gpu``), ``threads`` how many CPU threads one operator takes (all of them by default), and
+    ``batch_size`` how many images are denoised at a time: with guidance the UNet's batch is twice that.
+
+    Raises ``ArtefactError`` for a folder that is incomplete or can't be loaded, ``ModelError`` for a scheduler,
+    tokenizer or model that isn't supported, and ``UsageError`` for a provider that this machine hasn't.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = "onnx",
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        folder = Path(folder)
+        for option, value in (("batch_size", batch_size), ("threads", threads)):
+            if value is not None and value < 1:
+                raise UsageError(f"{option}={value}: give an integer from 1")
+        providers(provider)
+        for component in COMPONENTS:
+            read_config(folder, component)
+        for file in ("tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"):
+            if not (folder / file).is_file():
+                raise ArtefactError(f"{folder} has no {file}: export the model to ONNX again")
+        self.name, self.folder, self.batch_size = name, folder, batch_size
+        self.scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
+
+        def load(component: str, inputs: Sequence[str], output: str) -> OnnxComponent:
+            return OnnxComponent(folder, component, inputs=inputs, output=output, provider=provider, threads=threads)
+
+        self._text_encoder = load("text_encoder", ["input_ids"], "last_hidden_state")
+        self._unet = load("unet", ["sample", "timestep", "encoder_hidden_states"], "out_sample")
+        self._vae_decoder = load("vae_decoder", ["latent_sample"], "sample")
+        self.tokenizer = PromptTokenizer(
+            folder / "tokenizer", max_length=self._text_encoder.config.get("max_position_embeddings")
+        )
+        self.latent_shape = latent_shape(self._unet.config, self._vae_decoder.config)
+        upscaling = 2 ** (len(self._vae_decoder.config.get("block_out_channels") or [0]) - 1)
+        _, height, width = self.latent_shape
+        self.image_shape = (height * upscaling, width * upscaling, 3)
+        self._scaling_factor = np.float32(positive(self._vae_decoder.config, "scaling_factor", 0.18215))
+        self._shift_factor = np.float32(self._vae_decoder.config.get("shift_factor") or 0.0)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Images as uint8 with shape (n, height, width, 3), in the order of the requests.
+
+        An image depends on its own request alone, up to rounding, whatever the others are. ``progress`` counts the
+        UNet's calls over all batches (PNDM makes one more than ``num_inference_steps``). Raises ``UsageError`` for a
+        number of steps, a guidance scale or a seed that can't be used, ``PromptTooLong`` before anything is computed,
+        and ``ArtefactError`` if the models return something that isn't an image.
+        """
+        images = [
+            self.decode(latents) for latents in self._denoised(requests, num_inference_steps, guidance_scale, progress)
+        ]
+        return np.concatenate([np.empty((0, *self.image_shape), np.uint8), *images])
+
+    def denoise(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        progress: Progress | None = None,
+    ) -> Array:
+        """The final latents that ``generate`` decodes, float32 with shape (n, channels, height, width).
+
+        Raises as it does.
+        """
+        latents = self._denoised(requests, num_inference_steps, guidance_scale, progress)
+        return np.concatenate([np.empty((0, *self.latent_shape), np.float32), *latents])
+
+    def encode(self, prompts: Sequence[str]) -> Array:
+        """Text embeddings, float32 with shape (n, tokens, d): each distinct prompt is computed once.
+
+        Raises ``PromptTooLong`` and ``UsageError`` as the tokenizer does.
+        """
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        ids = self.tokenizer.encode(list(distinct))
+        embeds = [
+            self._text_encoder(input_ids=ids[start : start + self.batch_size])
+            for start in range(0, len(ids), self.batch_size)
+        ]
+        if not embeds:
+            width = self._unet.width("encoder_hidden_states", 2) or 0
+            return np.empty((0, self.tokenizer.max_length, width), np.float32)
+        rows = [distinct[prompt] for prompt in prompts]
+        return np.asarray(np.concatenate(embeds)[rows], np.float32)
+
+    def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
+        """Images as uint8 with shape (n, height, width, 3) of latents with shape (n, channels, height, width).
+
+        Raises ``ArtefactError`` if the latents or the images hold values that aren't finite.
+        """
+        if not np.isfinite(latents).all():
+            raise ArtefactError(
+                f"{self.folder}: the denoised latents aren't finite, the unet or text_encoder is broken"
+            )
+        return to_uint8(self._vae_decoder(latent_sample=latents / self._scaling_factor + self._shift_factor))
+
+    def _denoised(
+        self, requests: Sequence[Request], steps: int, guidance_scale: float, progress: Progress | None
+    ) -> Iterator[Array]:
+        """The final latents, batch by batch."""
+        check_requests(requests, guidance_scale)
+        calls = len(self.scheduler.start(steps).timesteps)
+        if not requests:
+            return
+        prompts = [request.prompt for request in requests]
+        embeds = self.encode(prompts + [request.negative_prompt for request in requests])
+        prompt_embeds, negative_embeds = embeds[: len(prompts)], embeds[len(prompts) :]
+        starts = range(0, len(requests), self.batch_size)
+        for batch, start in enumerate(starts):
+            chosen = slice(start, start + self.batch_size)
+
+            def report(done: int, total: int, before: int = batch * calls) -> None:
+                if progress is not None:
+                    progress(before + done, total * len(starts))
+
+            yield denoise(
+                self._predict,
+                self.scheduler,
+                initial_latents(requests[chosen], self.latent_shape),
+                prompt_embeds[chosen],
+                negative_embeds[chosen],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                progress=report,
+            )
+
+    def _predict(self, sample: Array, timestep: float, encoder_hidden_states: Array) -> Array:
+        """The UNet's output; ``timestep`` is a scalar in Optimum's exports and a vector in some others."""
+        shape = () if self._unet.rank("timestep") == 0 else (self._unet.width("timestep", 0) or len(sample),)
+        return self._unet(
+            sample=sample,
+            timestep=np.full(shape, timestep),
+            encoder_hidden_states=encoder_hidden_states,
+        )
+
+
+def latent_shape(unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents. Raises ``ModelError`` for a UNet that isn't text-to-image."""
+    channels, size = unet.get("in_channels"), unet.get("sample_size")
+    if channels != vae.get("latent_channels", channels):
+        raise ModelError(
+            f"unet/config.json has in_channels={channels}, the VAE {vae['latent_channels']} latent channels: "
+            "inpainting and image-to-image models aren't supported"
+        )
+    sides = size if isinstance(size, list) else [size, size]
+    if not all(isinstance(value, int) and value > 0 for value in (channels, *sides)) or len(sides) != 2:
+        raise ModelError(f"unet/config.json has in_channels={channels!r} and sample_size={size!r}: give both")
+    return (int(channels), int(sides[0]), int(sides[1]))  # type: ignore[arg-type]
+
+
+def positive(config: dict[str, Any], option: str, default: float) -> float:
+    """A positive number of the VAE's configuration. Raises ``ModelError`` for anything else."""
+    value = config.get(option, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+        raise ModelError(f"vae_decoder/config.json has {option}={value!r}: give a positive number")
+    return float(value)
