@@ -1,6 +1,6 @@
 """How long an edit takes and how exact it is: excise against the published, layer-by-layer form.
 
-    python bench/edit.py [--json] [--repeat N] [--layers N]
+    python bench/edit.py [--json] [--repeat N] [--layers N] [--text-encoder]
 
 The shapes are Stable Diffusion 1.4's: K and V of 16 cross-attention layers, 768 wide, 77 tokens. Weights and
 layer-normed embeddings are random, from a seed. UCE and three epochs of RECE erase one concept and keep one prompt.
@@ -9,8 +9,9 @@ layer-normed embeddings are random, from a seed. UCE and three epochs of RECE er
 *products*   what no such method can do without, as excise does them: Σ WᵀW, and W T for every weight.
 *published*  float32, written from a reading of github.com/CharlesGong12/RECE at 403a67f: for every weight it maps the
              tokens by all weights and uses one of the results (timed apart as ``published_unused``), sums outer
-             products token by token, and inverts. Left out in its favour: it also runs the text encoder again for every
-             weight, and copies the modules that it edits.
+             products token by token, and inverts. It also embeds the prompts again for every weight: ``--text-encoder``
+             does that with a random CLIP ViT-L/14 text tower, and lets excise embed them once. Left out in its favour:
+             it copies the modules that it edits.
 *reference*  float64, layer by layer, with solves instead of inverses: what both errors are measured against.
 """
 
@@ -75,24 +76,33 @@ def excise(given: Problem) -> list[Tensor]:
 
 
 class Published:
-    """The layer-by-layer form in float32, with outer products and inverses."""
+    """The layer-by-layer form in float32, with outer products and inverses.
 
-    def __init__(self) -> None:
-        self.unused = 0.0
+    Attributes:
+        unused: seconds spent on values that nothing reads.
+        encoding: seconds spent on embedding prompts again.
+    """
+
+    def __init__(self, encode: Callable[[], object] | None) -> None:
+        self.unused, self.encoding = 0.0, 0.0
+        self._encode = encode
 
     def __call__(self, given: Problem) -> list[Tensor]:
-        """The edited weights; ``unused`` grows by the seconds spent on values that nothing reads."""
+        """The edited weights."""
         keep: Pairs = [(given.kept, given.kept)]
-        weights = self._edit(given.weights, [last_subject_pairs(given.concept)], keep, UCE_SCALES)
+        weights = self._edit(given.weights, [last_subject_pairs(given.concept)], keep, UCE_SCALES, passes=2)
         for epoch in range(1, EPOCHS + 1):
             progress(f"published: epoch {epoch} of {EPOCHS}")
             derived = self._derive(weights, given.weights, given.concept.tokens)
-            weights = self._edit(weights, [(derived, given.concept.target)], keep, EPOCH_SCALES)
+            weights = self._edit(weights, [(derived, given.concept.target)], keep, EPOCH_SCALES, passes=1)
         return weights
 
-    def _edit(self, weights: list[Tensor], erased: Pairs, kept: Pairs, scales: Scales) -> list[Tensor]:
+    def _edit(self, weights: list[Tensor], erased: Pairs, kept: Pairs, scales: Scales, passes: int) -> list[Tensor]:
+        """``passes`` of the text encoder for each weight: for the kept prompt, and in UCE's stage for the concept."""
         edited = []
         for site, weight in enumerate(weights):
+            if self._encode is not None:
+                self.encoding += sum(seconds(self._encode) for _pass in range(passes))
             numerator, normal = scales.ridge * weight, scales.ridge * torch.eye(D)
             for scale, pairs in ((scales.erase, erased), (scales.keep, kept)):
                 for tokens, targets in pairs:
@@ -132,7 +142,8 @@ def reference(given: Problem) -> list[Tensor]:
     def edit(weights: list[Tensor], source: Tensor, aim: Tensor, scales: Scales) -> list[Tensor]:
         normal = scales.erase * source.T @ source + scales.keep * kept.T @ kept + scales.ridge * identity
         right = scales.erase * aim.T @ source + scales.keep * kept.T @ kept + scales.ridge * identity
-        return [torch.linalg.solve(normal, (weight @ right).T).T for weight in weights]
+        factor, pivots = torch.linalg.lu_factor(normal)
+        return [torch.linalg.lu_solve(factor, pivots, weight @ right, left=False) for weight in weights]
 
     source, aim = last_subject_pairs(given.concept)
     weights = edit(original, source.double(), aim.double(), UCE_SCALES)
@@ -142,6 +153,17 @@ def reference(given: Problem) -> list[Tensor]:
             normal, right = normal + new.T @ new, right + new.T @ (old @ tokens.T)
         weights = edit(weights, torch.linalg.solve(normal, right).T, target, EPOCH_SCALES)
     return weights
+
+
+def text_encoder(seed: int) -> Callable[[], object]:
+    """One pass of two prompts through a random text tower in the shape of Stable Diffusion 1.4's."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(hidden_size=D, intermediate_size=4 * D, num_hidden_layers=12, num_attention_heads=12)
+    model = CLIPTextModel(config).eval()
+    tokens = torch.randint(config.vocab_size, (2, TOKENS))
+    return lambda: model(tokens)
 
 
 def relative_error(weights: list[Tensor], exact: list[Tensor]) -> float:
@@ -162,8 +184,9 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def run(layers: int, repeat: int, seed: int) -> dict[str, object]:
+def run(layers: int, repeat: int, seed: int, *, with_text_encoder: bool) -> dict[str, object]:
     """All timings (seconds, medians; the published form runs once) and errors."""
+    encode = text_encoder(seed) if with_text_encoder else None
     given = problem(layers, seed)
     progress("reference")
     exact = reference(given)
@@ -172,12 +195,13 @@ def run(layers: int, repeat: int, seed: int) -> dict[str, object]:
     step = rece(given.weights, [given.concept], [given.kept], uce_scales=UCE_SCALES, epochs=0, ridge=RIDGE).transform
     for number in range(repeat):
         progress(f"excise and products: run {number + 1} of {repeat}")
-        times["excise"].append(seconds(lambda: excise(given)))
+        embedding = 0.0 if encode is None else seconds(encode)
+        times["excise"].append(embedding + seconds(lambda: excise(given)))
         times["gram"].append(seconds(lambda: gram(given.weights)))
         times["application"].append(seconds(lambda: [step.on_weight(weight) for weight in given.weights]))
     error = relative_error(excise(given), exact)
     progress("published: UCE")
-    published = Published()
+    published = Published(encode)
     start = time.perf_counter()
     weights = published(given)
     total = time.perf_counter() - start
@@ -190,7 +214,14 @@ def run(layers: int, repeat: int, seed: int) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "repeat": repeat,
         "seed": seed,
-        "seconds": {**median, "products": products, "published": total, "published_unused": published.unused},
+        "text_encoder": with_text_encoder,
+        "seconds": {
+            **median,
+            "products": products,
+            "published": total,
+            "published_unused": published.unused,
+            "published_text_encoder": published.encoding,
+        },
         "published_over_excise": total / median["excise"],
         "published_without_unused_over_excise": (total - published.unused) / median["excise"],
         "excise_over_products": median["excise"] / products,
@@ -203,12 +234,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of excise and of the products (3)")
     parser.add_argument("--layers", type=int, default=16, metavar="N", help="cross-attention layers, 1 to 16 (16)")
+    parser.add_argument("--text-encoder", action="store_true", help="embed prompts as often as each form does")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and embeddings (0)")
     arguments = parser.parse_args()
     if arguments.repeat < 1 or not 1 <= arguments.layers <= len(WIDTHS):
         parser.error(f"--repeat takes 1 or more, --layers 1 to {len(WIDTHS)}")
     with torch.inference_mode():
-        result = run(arguments.layers, arguments.repeat, arguments.seed)
+        result = run(arguments.layers, arguments.repeat, arguments.seed, with_text_encoder=arguments.text_encoder)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return

@@ -88,7 +88,7 @@ def demo(out: Path, onnx: Path | None, as_json: bool) -> None:
     \b
     Examples:
       excise demo
-      excise demo --out /tmp/first-light --json
+      excise demo --out first-light --json
     """
     with needs():
         from excise.demo.run import run_demo

@@ -103,7 +103,7 @@ def export_pipeline(
 
 
 def _check_supported(model: Path | str, pipe: Any) -> None:
-    """Raise ``ModelError`` for a pipeline whose UNet reads more than latents, a timestep and one text encoder's states."""
+    """Raise ``ModelError`` if the UNet reads more than latents, a timestep and one text encoder's states."""
     if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
         raise ModelError(f"{model} has no text encoder or no tokenizer: a Stable Diffusion 1 or 2 pipeline is needed")
     for option in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):

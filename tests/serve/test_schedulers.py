@@ -32,8 +32,8 @@ def scheduler_config(name: str, **options: Any) -> dict[str, Any]:
 def compare(config: dict[str, Any], steps: int, tolerance: float = 5e-6) -> None:
     """Runs both schedulers on a fake model and compares every step.
 
-    The difference is absolute, or relative to the latents where they are larger than 1 (they grow to 29). The largest that
-    was measured is 2.8e-6 (PNDM, trailing, 50 steps).
+    The difference is absolute, or relative to the latents where they are larger than 1 (they grow to 29). The
+    largest that was measured is 2.8e-6 (PNDM, trailing, 50 steps).
     """
     import diffusers
     import torch
