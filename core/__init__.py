@@ -1,4 +1,4 @@
-"""excise: erase concepts from text-to-image diffusion models in closed form, ship them, and prove it on the artefact."""
+"""Erase concepts from text-to-image diffusion models in closed form, ship them, and prove it on the artefact."""
 
 from __future__ import annotations
 

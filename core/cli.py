@@ -1,4 +1,4 @@
-"""The command line. Results go to stdout, progress and logs to stderr; a room is imported only by the command that needs it."""
+"""The command line: results on stdout, progress on stderr; a room is imported only by the command that needs it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def demo(out: Path, onnx: Path | None, as_json: bool) -> None:
 @click.option("--erase", multiple=True, metavar="TEXT", help="A concept to erase; repeat for several.")
 @click.option("--to", multiple=True, metavar="TEXT", help="What it becomes: once, or once for each --erase.")
 @click.option("--keep", multiple=True, metavar="TEXT", help="A prompt to hold; repeat for several.")
-@click.option("--preset", "preset_name", metavar="NAME", help="Defaults: nudity, unsafe, artist, object-hard, object-easy.")
+@click.option(
+    "--preset", "preset_name", metavar="NAME", help="Defaults: nudity, unsafe, artist, object-hard, object-easy."
+)
 @click.option("--method", default="rece", show_default=True, metavar="NAME", help="rece, or uce.")
 @click.option("--epochs", type=int, help="RECE epochs.")
 @click.option("--ridge", type=float, help="λ of RECE's eq. 8.")
@@ -119,7 +121,9 @@ def demo(out: Path, onnx: Path | None, as_json: bool) -> None:
     help="Weights that each RECE epoch edits: the current ones (as published), or the original ones with "
     "all embeddings found so far.",
 )
-@click.option("--rule", default="last-subject", show_default=True, metavar="NAME", help="Token rule: last-subject, or all.")
+@click.option(
+    "--rule", default="last-subject", show_default=True, metavar="NAME", help="Token rule: last-subject, or all."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The edit file to write.")
 @json_option
 def edit(

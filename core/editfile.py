@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from excise.errors import EditError, FingerprintMismatch, NumericsError
 from excise.output import new_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +58,7 @@ class EditMetadata(BaseModel):
 
 
 def fingerprint(weights: Mapping[str, Array]) -> str:
-    """SHA-256 over the weights' names, shapes and float32 values, in order of name; the stored precision is irrelevant."""
+    """SHA-256 over the weights' names, shapes and float32 values, by name; the stored precision is irrelevant."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         weight = np.ascontiguousarray(weights[name], dtype="<f4")
@@ -133,7 +133,9 @@ class Edit:
         """
         missing = [site for site in self.sites if site not in weights]
         if missing:
-            raise FingerprintMismatch(f"the edit is for another model: {missing[0]} and {len(missing) - 1} more not found")
+            raise FingerprintMismatch(
+                f"the edit is for another model: {missing[0]} and {len(missing) - 1} more not found"
+            )
         originals = {site: weights[site] for site in self.sites}
         for site, weight in originals.items():
             if weight.ndim != 2 or weight.shape[1] != self.dim:
@@ -150,7 +152,9 @@ class Edit:
             with np.errstate(over="ignore"):
                 new = (weight.astype(np.float64) @ self.matrix(site)).astype(weight.dtype)
             if not np.isfinite(new).all():
-                raise NumericsError(f"{site} isn't finite after the edit in {weight.dtype}: use a larger --regularization")
+                raise NumericsError(
+                    f"{site} isn't finite after the edit in {weight.dtype}: use a larger --regularization"
+                )
             edited[site] = new
         return edited
 

@@ -30,13 +30,15 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
     manifest = read_manifest(path)
     problems = verify(path)
     lines = [f"{path}: {manifest.kind}, {len(manifest.files)} files"]
-    lines += [f"  edit      {manifest.edit.id}", f"  {manifest.edit.summary}"] if manifest.edit else ["  edit      none"]
+    lines += (
+        [f"  edit      {manifest.edit.id}", f"  {manifest.edit.summary}"] if manifest.edit else ["  edit      none"]
+    )
     lines += [f"  problem   {problem}" for problem in problems] or ["  every file matches its SHA-256"]
-    document = {
+    report: dict[str, Any] = {
         "kind": "artefact",
         "path": str(path),
         "sound": not problems,
         "problems": [str(problem) for problem in problems],
         "manifest": manifest.model_dump(mode="json"),
     }
-    return document, "\n".join(lines), not problems
+    return report, "\n".join(lines), not problems

@@ -20,7 +20,7 @@ PARTIAL = ".excise-partial-"
 
 
 def check_free(path: Path) -> None:
-    """Raise ``OutputError`` unless ``path`` doesn't exist or is an empty folder, so that long work can refuse at once."""
+    """Raise ``OutputError`` unless ``path`` is absent or an empty folder, so that long work can refuse at once."""
     if path.is_dir() and not path.is_symlink():
         if any(path.iterdir()):
             raise OutputError(f"{path} is not empty: choose another folder, or empty it yourself")

@@ -108,7 +108,7 @@ def main() -> int:
         arrays[f"rgba_{size}"] = np.stack(
             [np.stack([rasterise(svg(sets[artist], icon), size) for artist in ARTISTS]) for icon in OBJECTS.values()]
         )
-    np.savez_compressed(arguments.out / "artwork.npz", **arrays)
+    np.savez_compressed(arguments.out / "artwork.npz", **arrays)  # type: ignore[arg-type]
     (arguments.out / "sources.json").write_text(json.dumps(sources, indent=2) + "\n")
     print(f"{arguments.out / 'artwork.npz'}: {len(OBJECTS)} objects x {len(ARTISTS)} artists", file=sys.stderr)
     return 0

@@ -44,8 +44,8 @@ non-trivial on a laptop; it says nothing about any full-size model.
 {figures}
 
 {steps} DDIM steps, guidance {guidance}, on the fp16 weights as shipped, run in float32; {machine}, {date}.
-`python -m excise.demo.assemble` measures them. The detector is the small CLIP in `demo/clip`, zero-shot; it was trained on
-the same artwork, freshly composed.
+`python -m excise.demo.assemble` measures them. The detector is the small CLIP in `demo/clip`, zero-shot; it was trained
+on the same artwork, freshly composed.
 
 ## Artwork and licences
 

@@ -69,8 +69,10 @@ class Training:
         state = {key: module.state_dict() for key, module in self.modules.items()}
         save(self.checkpoint, {**state, "optimizer": self.optimizer.state_dict(), "step": self.step})
 
-    def run(self, loss_of_step: Callable[[int], tuple[torch.Tensor, dict[str, float]]], after: Callable[[], None]) -> None:
-        """Run to the end: ``loss_of_step(step)`` gives the loss and figures to show, ``after()`` runs after each step."""
+    def run(
+        self, loss_of_step: Callable[[int], tuple[torch.Tensor, dict[str, float]]], after: Callable[[], None]
+    ) -> None:
+        """Run to the end: ``loss_of_step(step)`` gives the loss and figures to show; ``after()`` follows each step."""
         saved = time.monotonic()
         shown: dict[str, float] = {}
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:

@@ -21,7 +21,8 @@ def page() -> str:
         text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
         parts.append(f"## {title}\n\n```text\n{text}\n```\n")
     parts.append(
-        "## Exit status\n\n| status | meaning |\n|---|---|\n| 0 | done; for `demo` and `inspect`: every check passed |\n"
+        "## Exit status\n\n| status | meaning |\n|---|---|\n"
+        "| 0 | done; for `demo` and `inspect`: every check passed |\n"
         "| 1 | a check failed |\n| 2 | something that you can put right, said on one line |\n| 130 | Ctrl-C |\n"
     )
     return "\n".join(parts)

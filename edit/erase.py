@@ -11,18 +11,16 @@ import numpy as np
 import torch
 
 import excise
-from excise.edit.model_folder import as_float32, cross_attention_weights
 from excise.edit.fitter import Scales
+from excise.edit.model_folder import as_float32, cross_attention_weights
 from excise.edit.rece import EPOCH_SCALES, rece
 from excise.edit.text import Embedding, TextEncoder
-from excise.edit.tokens import Concept, Rule, all_pairs, last_subject_pairs
+from excise.edit.tokens import RULES, Concept
 from excise.edit.transform import Transform
 from excise.editfile import Edit, EditMetadata, Erased, fingerprint
 from excise.errors import UsageError
 
 METHODS = ("rece", "uce")
-#: Which tokens of a concept the UCE stage erases.
-RULES: dict[str, Rule] = {"last-subject": last_subject_pairs, "all": all_pairs}
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,7 @@ def erase(folder: Path, options: Options, *, progress: Callable[[str], None] = l
             "epoch_regularization": EPOCH_SCALES.ridge,
         },
         concepts=tuple(
-            Erased(erase=concept, to=target)
-            for concept, target in zip(options.erase, options.targets, strict=True)
+            Erased(erase=concept, to=target) for concept, target in zip(options.erase, options.targets, strict=True)
         ),
         kept=options.keep,
         token_rule=options.rule,
@@ -162,5 +159,3 @@ def _tensors(transform: Transform) -> dict[str, Any]:
             for name in ("shared", "scaled", "scalars")
         }
     return {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
-
-

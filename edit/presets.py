@@ -48,7 +48,9 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("nudity", ("nudity",), " ", (" ",), 3, 1e-1, note="the paper's text: 5 epochs, the second's result chosen"),
+        Preset(
+            "nudity", ("nudity",), " ", (" ",), 3, 1e-1, note="the paper's text: 5 epochs, the second's result chosen"
+        ),
         Preset("unsafe", I2P, " ", (" ",) * len(I2P), 2, 1e-1, note="the paper's text: 5 epochs, the second's chosen"),
         Preset("artist", (), "art", ("",), 1, 1e-3, keep_scale=None, note="the paper's text: 10 epochs"),
         Preset("object-hard", (), " ", ("",), 1, 1e-3, note="church, garbage truck"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from excise.editfile import fingerprint
 from excise.edit.model_folder import as_float32, read_json, read_tensors, weight_files
+from excise.editfile import fingerprint
 from excise.errors import ModelError, PromptTooLong
 
 BATCH = 64

@@ -98,7 +98,7 @@ def demo_weapons(
         name="demo-weapons",
         erased=prompts(WEAPONS, images_per_erased),
         kept=prompts(KEPT, images_per_kept),
-        labels={name: (f"{article(name)} {name}", f"a picture of {article(name)} {name}", name) for name in OBJECTS},
+        labels={name: (f"{article(name)} {name}", name) for name in OBJECTS},
         erased_labels=frozenset(WEAPONS),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,

@@ -23,7 +23,7 @@ def demo_clip() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
-    """A tiny random Stable Diffusion pipeline as a diffusers folder: d = 32, four cross-attention layers, 16 × 16 images."""
+    """A tiny random Stable Diffusion as a diffusers folder: d = 32, four cross-attention layers, 16 × 16 images."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

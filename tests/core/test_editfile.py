@@ -73,7 +73,8 @@ def test_layerwise_matrices_differ_by_site_and_multiply_in_order() -> None:
     expected = np.eye(D)
     for step in range(2):
         scaled = sum(
-            s * m for s, m in zip(edit.tensors[f"steps.{step}.scalars"][1], edit.tensors[f"steps.{step}.scaled"], strict=True)
+            s * m
+            for s, m in zip(edit.tensors[f"steps.{step}.scalars"][1], edit.tensors[f"steps.{step}.scaled"], strict=True)
         )
         expected = expected @ (edit.tensors[f"steps.{step}.shared"] - scaled)
     np.testing.assert_allclose(edit.matrix("a.to_v.weight"), expected)

@@ -32,15 +32,19 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     assert (out / "a").exists()
 
 
+def fill(out: Path, failure: BaseException) -> None:
+    """Write a little into a new folder and into a new file, then fail."""
+    opened = new_file(out) if out.suffix else new_folder(out)
+    with opened as partial:
+        (partial if out.suffix else partial / "a").write_text("1")
+        raise failure
+
+
+@pytest.mark.parametrize("name", ["folder", "file.txt"])
 @pytest.mark.parametrize("failure", [RuntimeError("x"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
-    with pytest.raises(type(failure)), new_folder(tmp_path / "out") as partial:
-        (partial / "a").write_text("1")
-        raise failure
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(type(failure)), new_file(tmp_path / "out.txt") as partial:
-        partial.write_text("1")
-        raise failure
+def test_a_failure_leaves_nothing(tmp_path: Path, name: str, failure: BaseException) -> None:
+    with pytest.raises(type(failure)):
+        fill(tmp_path / name, failure)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -51,8 +55,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
         pass
     with pytest.raises(OutputError, match="exists already"), new_file(mine):
         pass
-    with pytest.raises(OutputError, match="exists already"), new_file(tmp_path / "late") as partial:
-        partial.write_text("ours")
+    with pytest.raises(OutputError, match="exists already"), new_file(tmp_path / "late"):
         (tmp_path / "late").write_text("mine")
     assert mine.read_text() == "mine"
     assert (tmp_path / "late").read_text() == "mine"

@@ -54,7 +54,11 @@ def test_apply_moves_the_sites_and_nothing_else(tiny_model: Path, tmp_path: Path
     for name in moved:
         expected = before[name].double().numpy() @ edit.matrix(name)
         np.testing.assert_allclose(after[name].numpy(), expected, rtol=1e-6, atol=1e-6)
-    others = [p.relative_to(tiny_model) for p in tiny_model.rglob("*") if p.is_file() and str(p.relative_to(tiny_model)) != UNET]
+    others = [
+        p.relative_to(tiny_model)
+        for p in tiny_model.rglob("*")
+        if p.is_file() and str(p.relative_to(tiny_model)) != UNET
+    ]
     assert others
     assert all((tiny_model / p).read_bytes() == (tmp_path / "edited" / p).read_bytes() for p in others)
     from diffusers import StableDiffusionPipeline
@@ -67,7 +71,9 @@ def test_the_concept_becomes_its_target_or_kept_prompts_stay(tiny_model: Path) -
     gun, sunflower, cat = TextEncoder(tiny_model).embed(["gun", "sunflower", "cat"])
     rows = slice(gun.length - 2, None)
     erased, held = (
-        torch.from_numpy(erase(tiny_model, replace(OPTIONS, method="uce", regularization=1e-6, keep_scale=s)).tensors["transform"])
+        torch.from_numpy(
+            erase(tiny_model, replace(OPTIONS, method="uce", regularization=1e-6, keep_scale=s)).tensors["transform"]
+        )
         for s in (1e-6, 1e6)
     )
     for weight in cross_attention_weights(tiny_model).values():
