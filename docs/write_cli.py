@@ -17,7 +17,9 @@ def page() -> str:
     for name in (None, *cli.commands):
         command: click.Command = cli if name is None else cli.commands[name]
         title = "excise" if name is None else f"excise {name}"
-        context = click.Context(command, info_name=title, max_content_width=100, terminal_width=100)
+        context = click.Context(
+            command, info_name=title, terminal_width=100, help_option_names=cli.context_settings["help_option_names"]
+        )
         text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
         parts.append(f"## {title}\n\n```text\n{text}\n```\n")
     parts.append(

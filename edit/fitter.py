@@ -51,8 +51,9 @@ class Scales:
 class Fitter:
     """Accumulates ``CᵀC``, ``(C* − C)ᵀC`` and ``PᵀP``; ``fit`` solves. Memory is O(d²) for any number of prompts.
 
-    Up to d/2 erased tokens their rows stand for ``(C* − C)ᵀC``: the solve has that many right-hand sides, and the rank
-    of the step comes out exact (noise 10⁻¹⁵ beyond it; 10⁻¹² by the d × d product, which ``S⁻¹`` amplifies).
+    Up to d/2 erased tokens their rows stand for ``(C* − C)ᵀC``: the solve has that many right-hand sides, the step keeps
+    ``U = s (C* − C)ᵀ`` and ``V = C S⁻¹``, and its rank comes out exact (noise 10⁻¹⁵ beyond it; 10⁻¹² by the d × d
+    product, which ``S⁻¹`` amplifies).
     Concepts with scalars (technique ``tensor``) keep their rows, one (t, d) matrix each.
     """
 
@@ -129,12 +130,12 @@ class Fitter:
             # No pairs leave two (0, d) matrices: the step is the identity.
             source = torch.cat([normal[:0], *(pair[0] for pair in self._pairs)])
             change = torch.cat([normal[:0], *(pair[1] for pair in self._pairs)])
-            shared = change.T @ right(source)
+            step = Step.low_rank(scales.erase * change.T, right(source))
         else:
-            shared = right(self._cross)
-        shared = finite(identity.add_(shared, alpha=scales.erase))
+            step = Step.of(identity.add_(right(self._cross), alpha=scales.erase))
+        shared = finite(step.shared)
         if not self._scaled:
-            return Step.of(shared)
+            return step
         scaled = [scales.erase * (tokens.T @ right(tokens)) for tokens, _ in self._scaled]
         return Step(shared, finite(torch.stack(scaled)), torch.stack([alpha for _, alpha in self._scaled], dim=1))
 

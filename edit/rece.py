@@ -7,7 +7,8 @@ The embedding ``c'`` with which the edited weights ``W_i T_i`` best regenerate w
 
 An epoch derives ``C'`` for all tokens of every concept and solves UCE's closed form with it. A shared ``T`` needs no
 layer for that: with ``G = Σ_i W_iᵀ W_i``, computed once, eq. 8 is ``(λ I + Tᵀ G T) c' = Tᵀ G c``, d × d for any number
-of layers.
+of layers. Both sides are brought along from step to step: after ``T ← T (I + U V)`` with r tokens that is O(r d²), and
+of the O(d³) work only the Cholesky factorisations are left.
 """
 
 from __future__ import annotations
@@ -123,14 +124,16 @@ def rece(
     for concept in concepts:
         erase(fitter, *rule(concept), unedited)
     transform = first = unedited.then(fitter.fit(uce_scales))
-    weights_gram = gram(weights) if epochs and transform.is_shared else None
+    tokens = torch.cat([rows(concept.tokens, dim) for concept in concepts]).to(weights[0].device)
+    start = _System.unedited(gram(weights), tokens) if epochs and transform.is_shared else None
+    system = start and start.after(transform.steps[-1])
 
     rounds: list[Epoch] = []
     for _ in range(epochs):
-        if weights_gram is None:
-            derived, error = _regenerate_by_site(weights, transform, concepts, ridge)
+        if start is None:
+            derived, error = _regenerate_by_site(weights, transform, tokens, ridge)
         else:
-            derived, error = _regenerate(weights_gram, transform, concepts, ridge)
+            derived, error = _regenerate(system, transform, tokens, ridge)
         base = transform if anchor == "current" else unedited
         if anchor == "current":
             fitter = keeping.copy()
