@@ -4,8 +4,6 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# With several index or find-links locations pip takes the newest torch; these are the versions known to work together.
-PINS := torch==2.14.1 torchvision==0.29.1
 ROOMS := core edit export serve eval
 MODULES := $(shell git ls-files '*.py' 2>/dev/null | grep -E '^(core|edit|export|serve|eval|demo)/')
 
@@ -18,7 +16,7 @@ help: ## list the targets
 # A strict editable install links each module, so it is made anew when a module comes or goes.
 $(INSTALLED): pyproject.toml constraints.txt $(MODULES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edit,export,eval,dev]' $(PINS) \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edit,export,eval,dev]' \
 	    --config-settings editable_mode=strict
 	@touch $@
 
@@ -55,7 +53,8 @@ demo-train: setup ## train the demo model from demo/work/artwork.npz (hours; res
 	$(BIN)/python -m excise.demo.train_vae
 	$(BIN)/python -m excise.demo.train_clip joint
 	$(BIN)/python -m excise.demo.train_unet
-	$(BIN)/python -m excise.demo.assemble
+	$(BIN)/python -m excise.demo.train_decoder
+	$(BIN)/python -m excise.demo.assemble --install
 
 clean: ## remove caches and builds, not .venv
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -61,7 +61,7 @@ def load(work: Path) -> tuple[StableDiffusionPipeline, CLIPModel]:
     text = CLIPTextModel(clip.config.text_config)
     text.text_model.load_state_dict(clip.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        vae=AutoencoderKL.from_pretrained(work / "vae-sharp"),
         text_encoder=text,
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(work / "unet"),

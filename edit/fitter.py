@@ -12,6 +12,7 @@ a scalar for each layer and concept, and shares ``S`` all the same.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Scales:
 class Fitter:
     """Accumulates ``CᵀC``, ``(C* − C)ᵀC`` and ``PᵀP``; ``fit`` solves. Memory is O(d²) for any number of prompts.
 
-    Up to d/2 erased tokens their rows stand for ``(C* − C)ᵀC``: the solve has that many right-hand sides, the step keeps
+    Up to d/2 erased tokens their rows stand for the first two: the solve has that many right-hand sides, the step keeps
     ``U = s (C* − C)ᵀ`` and ``V = C S⁻¹``, and its rank comes out exact (noise 10⁻¹⁵ beyond it; 10⁻¹² by the d × d
     product, which ``S⁻¹`` amplifies).
     Concepts with scalars (technique ``tensor``) keep their rows, one (t, d) matrix each.
@@ -61,17 +62,15 @@ class Fitter:
         if dim < 1:
             raise UsageError(f"dim = {dim}: give the width of the text encoder's output")
         self.dim = dim
-        self._erased = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-        self._kept = torch.zeros_like(self._erased)
-        self._cross: Tensor | None = None
+        # No statistic is written in place: copies share them.
+        self._kept = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._folded: tuple[Tensor, Tensor] | None = None
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._scaled: list[tuple[Tensor, Tensor]] = []
 
     def copy(self) -> Fitter:
         """A fitter that starts from these statistics and leaves them alone."""
-        other = Fitter(self.dim, device=self._erased.device)
-        other._erased, other._kept = self._erased.clone(), self._kept.clone()
-        other._cross = None if self._cross is None else self._cross.clone()
+        other = copy.copy(self)
         other._pairs, other._scaled = list(self._pairs), list(self._scaled)
         return other
 
@@ -90,9 +89,8 @@ class Fitter:
         source, target = self._rows(tokens), self._rows(targets)
         if len(source) != len(target):
             raise UsageError(f"{len(source)} tokens to erase and {len(target)} targets: give one target for each token")
-        self._erased.addmm_(source.T, source)
         self._pairs.append((source, target - source))
-        if self._cross is not None or sum(len(pair) for pair, _ in self._pairs) > self.dim // 2:
+        if self._folded is not None or sum(len(pair) for pair, _ in self._pairs) > self.dim // 2:
             self._fold()
         if scalars is not None:
             sites = len(self._scaled[0][1]) if self._scaled else len(scalars)
@@ -104,7 +102,7 @@ class Fitter:
     def keep(self, tokens: Tensor) -> Fitter:
         """Hold what the weights make of every row of ``tokens`` with shape (n, d). Raises as ``erase`` does."""
         kept = self._rows(tokens)
-        self._kept.addmm_(kept.T, kept)
+        self._kept = torch.addmm(self._kept, kept.T, kept)
         return self
 
     def keep_all(self, kept: Iterable[Tensor]) -> Fitter:
@@ -119,33 +117,39 @@ class Fitter:
         Raises:
             NumericsError: ``S`` is singular (too small a ridge for the tokens given), or the step isn't finite.
         """
-        identity = torch.eye(self.dim, dtype=torch.float64, device=self._erased.device)
-        normal = (scales.erase * self._erased).add_(self._kept, alpha=scales.keep).add_(identity, alpha=scales.ridge)
+        normal = scales.keep * self._kept
+        if self._folded is None:
+            # No pairs leave two (0, d) matrices: the step is the identity.
+            source = torch.cat([normal[:0], *(pair[0] for pair in self._pairs)])
+            change = torch.cat([normal[:0], *(pair[1] for pair in self._pairs)])
+            normal.addmm_(source.T, source, alpha=scales.erase)
+        else:
+            normal.add_(self._folded[0], alpha=scales.erase)
+        normal.diagonal().add_(scales.ridge)
 
         def right(rows: Tensor) -> Tensor:
             """``rows S⁻¹``."""
             return solve(normal, rows.T, ridge=scales.ridge, name="ridge").T
 
-        if self._cross is None:
-            # No pairs leave two (0, d) matrices: the step is the identity.
-            source = torch.cat([normal[:0], *(pair[0] for pair in self._pairs)])
-            change = torch.cat([normal[:0], *(pair[1] for pair in self._pairs)])
+        if self._folded is None:
             step = Step.low_rank(scales.erase * change.T, right(source))
         else:
-            step = Step.of(identity.add_(right(self._cross), alpha=scales.erase))
-        shared = finite(step.shared)
+            shared = scales.erase * right(self._folded[1])
+            shared.diagonal().add_(1)
+            step = Step.of(shared)
+        finite(step.shared)
         if not self._scaled:
             return step
         scaled = [scales.erase * (tokens.T @ right(tokens)) for tokens, _ in self._scaled]
-        return Step(shared, finite(torch.stack(scaled)), torch.stack([alpha for _, alpha in self._scaled], dim=1))
+        return Step(step.shared, finite(torch.stack(scaled)), torch.stack([alpha for _, alpha in self._scaled], dim=1))
 
     def _rows(self, tokens: Tensor) -> Tensor:
-        return rows(tokens, self.dim).to(self._erased.device)
+        return rows(tokens, self.dim).to(self._kept.device)
 
     def _fold(self) -> None:
-        """From here on ``(C* − C)ᵀC`` stands for the rows."""
-        if self._cross is None:
-            self._cross = torch.zeros_like(self._erased)
+        """From here on ``CᵀC`` and ``(C* − C)ᵀC`` stand for the rows."""
+        erased, cross = self._folded or (torch.zeros_like(self._kept), torch.zeros_like(self._kept))
         for source, change in self._pairs:
-            self._cross.addmm_(change.T, source)
+            erased, cross = torch.addmm(erased, source.T, source), torch.addmm(cross, change.T, source)
+        self._folded = erased, cross
         self._pairs.clear()

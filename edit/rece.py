@@ -26,7 +26,7 @@ from excise.edit.cholesky import solve
 from excise.edit.fitter import Fitter, Scales
 from excise.edit.gram import gram
 from excise.edit.tokens import Concept, Rule, all_pairs, last_subject_pairs, rows, width
-from excise.edit.transform import Transform
+from excise.edit.transform import Step, Transform
 from excise.edit.uce import Technique, check_technique, projections
 from excise.errors import UsageError
 
@@ -123,23 +123,28 @@ def rece(
     fitter = keeping.copy()
     for concept in concepts:
         erase(fitter, *rule(concept), unedited)
-    transform = first = unedited.then(fitter.fit(uce_scales))
+    step = fitter.fit(uce_scales)
+    transform = first = unedited.then(step)
     tokens = torch.cat([rows(concept.tokens, dim) for concept in concepts]).to(weights[0].device)
-    start = _System.unedited(gram(weights), tokens) if epochs and transform.is_shared else None
-    system = start and start.after(transform.steps[-1])
+    # Of the edit that ``step`` comes on top of.
+    equation = _Equation.unedited(gram(weights), tokens) if epochs and step.is_shared else None
 
     rounds: list[Epoch] = []
     for _ in range(epochs):
-        if start is None:
-            derived, error = _regenerate_by_site(weights, transform, tokens, ridge)
+        if equation is None:
+            regenerated, error = _regenerate_by_site(weights, transform, tokens, ridge)
         else:
-            derived, error = _regenerate(system, transform, tokens, ridge)
+            edited = equation.after(step)
+            regenerated, error = edited.regenerate(transform.matrix(), tokens, ridge)
+            equation = edited if anchor == "current" else equation
+        derived = _parts(regenerated, concepts)
         base = transform if anchor == "current" else unedited
         if anchor == "current":
             fitter = keeping.copy()
-        for concept, tokens in zip(concepts, derived, strict=True):
-            erase(fitter, tokens, all_pairs(concept)[1], base)
-        transform = base.then(fitter.fit(epoch_scales)).collapse()
+        for concept, part in zip(concepts, derived, strict=True):
+            erase(fitter, part, all_pairs(concept)[1], base)
+        step = fitter.fit(epoch_scales)
+        transform = base.then(step).collapse()
         rounds.append(Epoch(derived, transform, error))
     return Rece(first, tuple(rounds))
 
@@ -179,22 +184,40 @@ def residual(gram: Tensor, transform: Tensor, derived: Tensor, tokens: Tensor) -
     return _ratio(((error @ gram) * error).sum(), ((original @ gram) * original).sum())
 
 
-def _regenerate(
-    gram: Tensor, transform: Transform, concepts: Sequence[Concept], ridge: float
-) -> tuple[tuple[Tensor, ...], float]:
-    """``C'`` of all concepts and its residual, for a shared edit."""
-    matrix = transform.matrix()
-    tokens = torch.cat([rows(concept.tokens, transform.dim) for concept in concepts])
-    derived = derive(gram, matrix, tokens, ridge)
-    return _parts(derived, concepts), residual(gram, matrix, derived, tokens)
+@dataclass(frozen=True)
+class _Equation:
+    """Eq. 8 but for its ridge, for a shared ``T``.
+
+    Attributes:
+        gram: ``G`` with shape (d, d).
+        normal: ``Tᵀ G T`` with shape (d, d).
+        right: ``Tᵀ G Cᵀ`` with shape (d, n).
+    """
+
+    gram: Tensor
+    normal: Tensor
+    right: Tensor
+
+    @classmethod
+    def unedited(cls, gram: Tensor, tokens: Tensor) -> _Equation:
+        """For ``T = I`` and ``C`` with shape (n, d)."""
+        return cls(gram, gram, gram @ tokens.T)
+
+    def after(self, step: Step) -> _Equation:
+        """For ``T M`` in place of ``T``: ``Mᵀ A M = (A M)ᵀ M`` for the symmetric ``A = Tᵀ G T``."""
+        return _Equation(self.gram, step.applied_to(step.applied_to(self.normal).T), step.applied_to(self.right.T).T)
+
+    def regenerate(self, transform: Tensor, tokens: Tensor, ridge: float) -> tuple[Tensor, float]:
+        """``C'`` with shape (n, d), and its residual."""
+        derived = _solve(self.normal, self.right, ridge)
+        return derived, residual(self.gram, transform, derived, tokens)
 
 
 def _regenerate_by_site(
-    weights: Sequence[Tensor], transform: Transform, concepts: Sequence[Concept], ridge: float
-) -> tuple[tuple[Tensor, ...], float]:
+    weights: Sequence[Tensor], transform: Transform, tokens: Tensor, ridge: float
+) -> tuple[Tensor, float]:
     """The same for an edit that differs from site to site, with one weight in float64 at a time."""
-    device = weights[0].device
-    tokens = torch.cat([rows(concept.tokens, transform.dim) for concept in concepts]).to(device)
+    device = tokens.device
     normal = torch.zeros(transform.dim, transform.dim, dtype=torch.float64, device=device)
     right = torch.zeros(transform.dim, len(tokens), dtype=torch.float64, device=device)
     for site, weight in enumerate(weights):
@@ -208,7 +231,7 @@ def _regenerate_by_site(
         original = weight.detach().to(torch.float64)
         error += ((transform.on_tokens(derived, site) - tokens) @ original.T).square().sum()
         size += (tokens @ original.T).square().sum()
-    return _parts(derived, concepts), _ratio(error, size)
+    return derived, _ratio(error, size)
 
 
 def _parts(derived: Tensor, concepts: Sequence[Concept]) -> tuple[Tensor, ...]:

@@ -60,7 +60,7 @@ class Step:
         """Whether every site gets the same matrix."""
         return len(self.scaled) == 0
 
-    def after(self, matrix: Tensor) -> Tensor:
+    def applied_to(self, matrix: Tensor) -> Tensor:
         """``matrix @ shared`` for a shared step, by U and V where it has them."""
         if self.change is None:
             return matrix @ self.shared
@@ -117,7 +117,7 @@ class Transform:
         steps: list[Step] = []
         for step in self.steps:
             if steps and step.is_shared and steps[-1].is_shared:
-                steps[-1] = Step.of(step.after(steps[-1].shared))
+                steps[-1] = Step.of(step.applied_to(steps[-1].shared))
             else:
                 steps.append(step)
         return Transform(tuple(steps), self.dim)

@@ -44,9 +44,9 @@ def test_in_parts_as_at_once(rows: int, cut: int, seed: int) -> None:
 
 def test_memory_is_the_same_for_any_number_of_prompts() -> None:
     def held(fitter: Fitter) -> int:
-        parts = [fitter._erased, fitter._kept, fitter._cross, *(part for pair in fitter._pairs for part in pair)]
+        parts = [fitter._kept, *(fitter._folded or ()), *(part for pair in fitter._pairs for part in pair)]
         assert not fitter._scaled
-        return sum(part.numel() for part in parts if part is not None)
+        return sum(part.numel() for part in parts)
 
     fitter = Fitter(D)
     most = 0
