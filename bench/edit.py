@@ -5,8 +5,8 @@
 The shapes are Stable Diffusion 1.4's: K and V of 16 cross-attention layers, 768 wide, 77 tokens. Weights and
 layer-normed embeddings are random, from a seed. UCE and three epochs of RECE erase one concept and keep one prompt.
 
-*excise*     float64, one transform for all layers, applied to every float32 weight at the end.
-*products*   what no such method can do without, as excise does them: Σ WᵀW, and W T for every weight.
+*excise*     one transform for all layers, solved in float64; at the end ``W + W (T − I)`` for every weight, in float32.
+*products*   what no such method can do without, as excise does them: Σ WᵀW in float64, and W T in float32.
 *published*  float32, written from a reading of github.com/CharlesGong12/RECE at 403a67f: for every weight it maps the
              tokens by all weights and uses one of the results (timed apart as ``published_unused``), sums outer
              products token by token, and inverts. It also embeds the prompts again for every weight: ``--text-encoder``

@@ -121,7 +121,9 @@ class Edit:
         return product
 
     def apply(self, weights: Mapping[str, Array], *, force: bool = False) -> dict[str, Array]:
-        """The edited weights, each in its own dtype.
+        """The edited weights, each in its own dtype: ``W + W (T − I)`` with ``T − I`` from float64.
+
+        The product is in float32, or in float64 where the weight is that, and rounded once to anything narrower.
 
         Args:
             weights: every site's original weight with shape (o, d); other names are ignored.
@@ -148,9 +150,14 @@ class Edit:
                 "make an edit for this one, or use --force"
             )
         edited = {}
+        change = np.empty((0, 0))
         for site, weight in originals.items():
-            with np.errstate(over="ignore"):
-                new = (weight.astype(np.float64) @ self.matrix(site)).astype(weight.dtype)
+            if "transform" not in self.tensors or not change.size:
+                change = self.matrix(site) - np.eye(self.dim)
+            dtype = np.float64 if weight.dtype == np.float64 else np.float32
+            with np.errstate(over="ignore", invalid="ignore"):
+                original = weight.astype(dtype)
+                new = (original + original @ change.astype(dtype)).astype(weight.dtype)
             if not np.isfinite(new).all():
                 raise NumericsError(
                     f"{site} isn't finite after the edit in {weight.dtype}: use a larger --regularization"

@@ -118,13 +118,6 @@ class Fitter:
             NumericsError: ``S`` is singular (too small a ridge for the tokens given), or the step isn't finite.
         """
         normal = scales.keep * self._kept
-        if self._folded is None:
-            # No pairs leave two (0, d) matrices: the step is the identity.
-            source = torch.cat([normal[:0], *(pair[0] for pair in self._pairs)])
-            change = torch.cat([normal[:0], *(pair[1] for pair in self._pairs)])
-            normal.addmm_(source.T, source, alpha=scales.erase)
-        else:
-            normal.add_(self._folded[0], alpha=scales.erase)
         normal.diagonal().add_(scales.ridge)
 
         def right(rows: Tensor) -> Tensor:
@@ -132,9 +125,15 @@ class Fitter:
             return solve(normal, rows.T, ridge=scales.ridge, name="ridge").T
 
         if self._folded is None:
+            # No pairs leave two (0, d) matrices: the step is the identity.
+            source = torch.cat([normal[:0], *(pair[0] for pair in self._pairs)])
+            change = torch.cat([normal[:0], *(pair[1] for pair in self._pairs)])
+            normal.addmm_(source.T, source, alpha=scales.erase)
             step = Step.low_rank(scales.erase * change.T, right(source))
         else:
-            shared = scales.erase * right(self._folded[1])
+            erased, cross = self._folded
+            normal.add_(erased, alpha=scales.erase)
+            shared = scales.erase * right(cross)
             shared.diagonal().add_(1)
             step = Step.of(shared)
         finite(step.shared)
