@@ -54,7 +54,7 @@ demo-train: setup ## train the demo model from demo/work/artwork.npz (hours; res
 	$(BIN)/python -m excise.demo.train_clip joint
 	$(BIN)/python -m excise.demo.train_unet
 	$(BIN)/python -m excise.demo.train_decoder
-	$(BIN)/python -m excise.demo.assemble --install
+	$(BIN)/python -m excise.demo.assemble --install demo
 
 clean: ## remove caches and builds, not .venv
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

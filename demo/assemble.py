@@ -102,7 +102,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("demo/work"))
     parser.add_argument("--out", type=Path, default=Path("demo/work/assembled"), help="gets model/, clip/ and grid.png")
-    parser.add_argument("--install", action="store_true", help="replace demo/model and demo/clip with the result")
+    parser.add_argument(
+        "--install", type=Path, metavar="DIR", help="put the result into DIR, replacing its model/ and clip/"
+    )
     parser.add_argument("--seeds", type=int, default=8)
     arguments = parser.parse_args()
     pipeline, clip = load(arguments.work)
@@ -123,10 +125,9 @@ def main() -> int:
         print(json.dumps(figures.dict(), indent=2))
     if arguments.install:
         for name in ("model", "clip"):
-            target = Path(__file__).parent / name
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(arguments.out / name, target)
-        shutil.copy(arguments.out / "grid.png", Path(__file__).parent / "grid.png")
+            shutil.rmtree(arguments.install / name, ignore_errors=True)
+            shutil.copytree(arguments.out / name, arguments.install / name)
+        shutil.copy(arguments.out / "grid.png", arguments.install / "grid.png")
     return 0
 
 

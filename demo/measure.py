@@ -1,7 +1,7 @@
 """Measure the demo model: the detector on fresh real images, and the generator by the detector; draw a grid.
 
 Protocol: "a {object}" for every object × 8 seeds, and "a {artist} {object}" for every artist × object; 50 DDIM steps,
-guidance 6. Zero-shot labels are all objects ("a {object}") or all artists ("art by {artist}").
+guidance 5. Zero-shot labels are all objects ("a {object}") or all artists ("art by {artist}").
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from excise.eval.detector import ClipDetector
 from excise.serve.runtime import Request, Runtime
 
 STEPS = 50
-GUIDANCE = 6.0
+GUIDANCE = 5.0
 
 
 @dataclass(frozen=True)

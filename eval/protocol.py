@@ -87,7 +87,7 @@ def demo_weapons(
     images_per_erased: int = 16,
     images_per_kept: int = 4,
     num_inference_steps: int = 25,
-    guidance_scale: float = 6.0,
+    guidance_scale: float = 5.0,
 ) -> Protocol:
     """The bundled demo: ``a gun`` and five more weapons are erased, every other object of the demo model is kept."""
 
