@@ -32,15 +32,18 @@ EXTRAS = {
 
 
 @contextmanager
-def needs() -> Iterator[None]:
-    """Around a room's import: a missing library becomes ``MissingExtra`` with the command that installs it."""
+def needs(extras: str = "") -> Iterator[None]:
+    """Around a room's import: a missing library becomes ``MissingExtra`` with the command that installs it.
+
+    ``extras`` are the ones to name; by default the missing library's own.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
         library = (error.name or "").split(".")[0]
         if library not in EXTRAS:
             raise
-        raise MissingExtra(library, EXTRAS[library]) from error
+        raise MissingExtra(library, extras or EXTRAS[library]) from error
 
 
 def say(message: str) -> None:
@@ -90,7 +93,7 @@ def demo(out: Path, onnx: Path | None, as_json: bool) -> None:
       excise demo
       excise demo --out first-light --json
     """
-    with needs():
+    with needs("export,eval"):
         from excise.demo.run import run_demo
     outcome = run_demo(out, onnx=onnx, say=say)
     result(outcome.document, outcome.text, as_json)
