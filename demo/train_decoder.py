@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 
 from excise.demo.checkpoint import Training
 from excise.demo.composition import Composer
-from excise.demo.train_vae import edges, pixels
+from excise.demo.train_vae import pixels, reconstruction
 
 NOISE = 0.1  #: standard deviation, in units of the scaled latents
 
@@ -50,10 +50,7 @@ def main() -> int:
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mode()
         latents = latents + torch.randn(latents.shape, generator=generator) * NOISE / scale
-        decoded = vae.decode(latents).sample
-        l1 = (decoded - images).abs().mean()
-        edge = sum((a - b).abs().mean() for a, b in zip(edges(decoded), edges(images), strict=True))
-        return l1 + edge, {"l1": l1.item(), "edge": float(edge)}
+        return reconstruction(vae.decode(latents).sample, images)
 
     training.run(loss_of_step, lambda: None)
     vae.eval().save_pretrained(arguments.work / "vae-sharp")

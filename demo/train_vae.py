@@ -7,6 +7,7 @@ unit variance through ``scaling_factor``, as in latent diffusion (Rombach et al.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from excise.demo.checkpoint import Training
 from excise.demo.composition import IMAGE_SIZE, Composer
 
 CROP = 32
+BLOCK = 20  #: steps that share one composed pool of images
 
 
 def build() -> AutoencoderKL:
@@ -45,6 +47,13 @@ def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return images[:, :, 1:] - images[:, :, :-1], images[:, :, :, 1:] - images[:, :, :, :-1]
 
 
+def reconstruction(decoded: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    """L1 of pixels plus L1 of edges, and both figures."""
+    l1 = (decoded - images).abs().mean()
+    edge = sum((a - b).abs().mean() for a, b in zip(edges(decoded), edges(images), strict=True))
+    return l1 + edge, {"l1": l1.item(), "edge": float(edge)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("demo/work"))
@@ -60,12 +69,15 @@ def main() -> int:
         "vae", {"vae": vae}, optimizer, checkpoint=arguments.work / "vae.ckpt", steps=arguments.steps, warmup=200
     )
 
+    @functools.lru_cache(maxsize=1)
+    def images_of_block(first: int) -> torch.Tensor:
+        """Images that ``BLOCK`` steps from ``first`` on draw from; a resumed run composes the same ones."""
+        composer = Composer(arguments.work / "artwork.npz", seed=1_000_000 + first)
+        return torch.from_numpy(composer.draw(BLOCK * arguments.batch).images)
+
     def loss_of_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        if step % 20 == 0 or not hasattr(loss_of_step, "pool"):
-            composer = Composer(arguments.work / "artwork.npz", seed=1_000_000 + step)
-            loss_of_step.pool = torch.from_numpy(composer.draw(20 * arguments.batch).images)  # type: ignore[attr-defined]
         generator = torch.Generator().manual_seed(step)
-        pool: torch.Tensor = loss_of_step.pool  # type: ignore[attr-defined]
+        pool = images_of_block(step - step % BLOCK)
         chosen = pool[torch.randint(len(pool), (arguments.batch,), generator=generator)]
         corners = torch.randint(0, (IMAGE_SIZE - CROP) // 8 + 1, (arguments.batch, 2), generator=generator) * 8
         crops = torch.stack([i[y : y + CROP, x : x + CROP] for i, (y, x) in zip(chosen, corners.tolist(), strict=True)])
@@ -73,10 +85,9 @@ def main() -> int:
         posterior = vae.encode(images).latent_dist
         torch.manual_seed(step)
         decoded = vae.decode(posterior.sample()).sample
-        l1 = (decoded - images).abs().mean()
-        edge = sum((a - b).abs().mean() for a, b in zip(edges(decoded), edges(images), strict=True))
+        loss, figures = reconstruction(decoded, images)
         kl = posterior.kl().mean()
-        return l1 + edge + 1e-5 * kl, {"l1": l1.item(), "edge": float(edge), "kl": kl.item()}
+        return loss + 1e-5 * kl, {**figures, "kl": kl.item()}
 
     training.run(loss_of_step, lambda: None)
     vae.eval()
