@@ -22,7 +22,7 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
         metadata = edit.metadata
         lines = [f"{path}: an edit", f"  id        {edit.id}", f"  {edit.summary}"]
         lines += [f"  erase     {concept.erase!r} → {concept.to!r}" for concept in metadata.concepts]
-        lines += [f"  {name:<24} {value}" for name, value in metadata.hyperparameters.items()]
+        lines += [f"  {name:<24} {value}" for name, value in metadata.recipe.items()]
         document = {"kind": "edit", "path": str(path), "id": edit.id, "metadata": metadata.model_dump(mode="json")}
         return document, "\n".join(lines), True
     if not path.is_dir():

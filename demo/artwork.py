@@ -25,7 +25,7 @@ from tqdm import tqdm
 from excise.demo.vocabulary import ARTISTS, OBJECTS
 
 #: Edge of a drawing in pixels; the image is 64 × 64.
-SIZES: tuple[int, ...] = (46, 48, 50, 52, 54, 56, 58, 60)
+SIZES: tuple[int, ...] = (54, 56, 58, 60)
 
 #: Versions that the shipped weights were trained on.
 VERSIONS: dict[str, str] = {

@@ -1,6 +1,6 @@
 """Train the demo model's ``AutoencoderKL`` (factor 8, 16 latent channels) on random crops of composed images.
 
-Loss: L1 + L1 of the horizontal and vertical differences (edges) + 1e-5 KL. The encoder's latents are then scaled to
+Loss: L1 + L1 of the horizontal and vertical differences (edges) + 1e-6 KL. The encoder's latents are then scaled to
 unit variance through ``scaling_factor``, as in latent diffusion (Rombach et al., 2022, appendix G).
 """
 
@@ -57,7 +57,7 @@ def reconstruction(decoded: torch.Tensor, images: torch.Tensor) -> tuple[torch.T
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("demo/work"))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -87,7 +87,7 @@ def main() -> int:
         decoded = vae.decode(posterior.sample()).sample
         loss, figures = reconstruction(decoded, images)
         kl = posterior.kl().mean()
-        return loss + 1e-5 * kl, {**figures, "kl": kl.item()}
+        return loss + 1e-6 * kl, {**figures, "kl": kl.item()}
 
     training.run(loss_of_step, lambda: None)
     vae.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from excise.edit.rece import EPOCH_SCALES, rece
 from excise.edit.text import Embedding, TextEncoder
 from excise.edit.tokens import RULES, Concept
 from excise.edit.transform import Transform
-from excise.editfile import Edit, EditMetadata, Erased, fingerprint
+from excise.editfile import Edit, fingerprint
+from excise.editmetadata import EditMetadata, Erased, Kept, Stream
 from excise.errors import UsageError
 
 METHODS = ("rece", "uce")
@@ -122,32 +123,21 @@ def erase(folder: Path, options: Options, *, progress: Callable[[str], None] = l
         excise_version=excise.__version__,
         method=options.method,
         preset=options.preset,
-        hyperparameters={
-            "epochs": len(solved.epochs),
-            "ridge": options.ridge,
-            "erase_scale": options.erase_scale,
-            "keep_scale": options.keep_scale,
-            "regularization": options.regularization,
-            "technique": options.technique,
-            "anchor": options.anchor,
-            "epoch_erase_scale": EPOCH_SCALES.erase,
-            "epoch_keep_scale": EPOCH_SCALES.keep,
-            "epoch_regularization": EPOCH_SCALES.ridge,
-        },
+        recipe={**asdict(options), "epochs": len(solved.epochs)},
         concepts=tuple(
             Erased(erase=concept, to=target) for concept, target in zip(options.erase, options.targets, strict=True)
         ),
-        kept=options.keep,
+        kept=Kept.of(options.keep),
         token_rule=options.rule,
-        sites=tuple(weights),
+        family="stable-diffusion",
+        streams=(Stream(name="text", dim=solved.transform.dim, sites=tuple(weights)),),
         weights_fingerprint=fingerprint(as_float32(weights)),
         text_encoder_fingerprint=encoder.fingerprint,
-        residuals=tuple(epoch.residual for epoch in solved.epochs),
     )
-    return Edit(metadata, _tensors(solved.transform))
+    return Edit(metadata, _tensors(solved.transform, "text"))
 
 
-def _tensors(transform: Transform) -> dict[str, Any]:
+def _tensors(transform: Transform, stream: str) -> dict[str, Any]:
     """The arrays of the edit file."""
     if transform.is_shared:
         left, right = transform.factors()
@@ -158,4 +148,4 @@ def _tensors(transform: Transform) -> dict[str, Any]:
             for number, step in enumerate(transform.steps)
             for name in ("shared", "scaled", "scalars")
         }
-    return {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+    return {f"{stream}.{name}": tensor.contiguous().numpy() for name, tensor in tensors.items()}

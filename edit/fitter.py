@@ -25,6 +25,9 @@ from excise.edit.tokens import rows
 from excise.edit.transform import Step
 from excise.errors import UsageError
 
+#: Rows of kept tokens that go into one product: long enough for a fast one, 25 MB at d = 768.
+_ROWS = 4096
+
 
 @dataclass(frozen=True)
 class Scales:
@@ -67,6 +70,12 @@ class Fitter:
         self._folded: tuple[Tensor, Tensor] | None = None
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._scaled: list[tuple[Tensor, Tensor]] = []
+        self._free: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor:
+        """``PᵀP`` of what is kept, with shape (d, d), float64; it stays as it is when the fitter goes on."""
+        return self._kept
 
     def copy(self) -> Fitter:
         """A fitter that starts from these statistics and leaves them alone."""
@@ -90,7 +99,7 @@ class Fitter:
         if len(source) != len(target):
             raise UsageError(f"{len(source)} tokens to erase and {len(target)} targets: give one target for each token")
         self._pairs.append((source, target - source))
-        if self._folded is not None or sum(len(pair) for pair, _ in self._pairs) > self.dim // 2:
+        if sum(len(pair) for pair, _ in self._pairs) > self.dim // 2:
             self._fold()
         if scalars is not None:
             sites = len(self._scaled[0][1]) if self._scaled else len(scalars)
@@ -99,16 +108,48 @@ class Fitter:
             self._scaled.append((source, finite(scalars.to(source))))
         return self
 
+    def erase_moments(self, gram: Tensor, cross: Tensor) -> Fitter:
+        """Erase any number of tokens at once, by ``CᵀC`` and ``C*ᵀC``, each float64 with shape (d, d)."""
+        self._fold()
+        assert self._folded is not None
+        erased, change = self._folded
+        self._folded = erased + gram, change + cross - gram
+        return self
+
+    def hold(self, tokens: Tensor) -> Fitter:
+        """Don't move the rows of ``tokens`` (n, d) at all: ``W_i c = W_i⁰ c`` is a constraint, not a term.
+
+        With ``N`` an orthonormal basis of what is orthogonal to them, ``S⁻¹`` becomes ``N (Nᵀ S N)⁻¹ Nᵀ``. It replaces
+        what was held before. Raises as ``erase`` does, and ``UsageError`` where no direction is left.
+        """
+        _, values, right = torch.linalg.svd(self._rows(tokens), full_matrices=True)
+        rank = int((values > 1e-12 * values[0]).sum())
+        if rank == self.dim:
+            raise UsageError(f"the held tokens span all {rank} dimensions of the text embeddings: hold fewer")
+        self._free = right[rank:].T.contiguous()
+        return self
+
     def keep(self, tokens: Tensor) -> Fitter:
-        """Hold what the weights make of every row of ``tokens`` with shape (n, d). Raises as ``erase`` does."""
+        """Keep what the weights make of every row of ``tokens`` with shape (n, d). Raises as ``erase`` does."""
         kept = self._rows(tokens)
         self._kept = torch.addmm(self._kept, kept.T, kept)
         return self
 
     def keep_all(self, kept: Iterable[Tensor]) -> Fitter:
-        """``keep`` each, reading ``kept`` once."""
+        """``keep`` each, reading ``kept`` once; some thousand rows go into one product."""
+        batch: list[Tensor] = []
         for tokens in kept:
-            self.keep(tokens)
+            batch.append(tokens)
+            if sum(map(len, batch)) >= _ROWS:
+                self.keep(torch.cat(batch))
+                batch = []
+        return self.keep(torch.cat(batch)) if batch else self
+
+    def keep_gram(self, gram: Tensor) -> Fitter:
+        """Keep any number of tokens by their ``PᵀP`` with shape (d, d), float64."""
+        if gram.shape != self._kept.shape:
+            raise UsageError(f"a PᵀP of shape {tuple(gram.shape)}: give ({self.dim}, {self.dim})")
+        self._kept = self._kept + finite(gram.to(self._kept))
         return self
 
     def fit(self, scales: Scales) -> Step:
@@ -121,9 +162,15 @@ class Fitter:
         normal.diagonal().add_(scales.ridge)
 
         def right(rows: Tensor) -> Tensor:
-            """``rows S⁻¹``."""
-            return solve(normal, rows.T, ridge=scales.ridge, name="ridge").T
+            """``rows S⁻¹``, or ``rows N (Nᵀ S N)⁻¹ Nᵀ``."""
+            if self._free is None:
+                return solve(normal, rows.T, ridge=scales.ridge, name="ridge").T
+            free = self._free
+            reduced = free.T @ normal @ free
+            return solve(reduced, (rows @ free).T, ridge=scales.ridge, name="ridge").T @ free.T
 
+        if self._folded is not None:
+            self._fold()
         if self._folded is None:
             # No pairs leave two (0, d) matrices: the step is the identity.
             source = torch.cat([normal[:0], *(pair[0] for pair in self._pairs)])

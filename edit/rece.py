@@ -1,36 +1,28 @@
 """RECE: derive what would bring a concept back, erase that too, and again (Gong et al., ECCV 2024, arXiv 2407.12383).
 
-The embedding ``c'`` with which the edited weights ``W_i T_i`` best regenerate what the original ones made of ``c``:
-
-    eq. 7   min over c' of   Σ_i ‖W_i T_i c' − W_i c‖² + λ ‖c'‖²
-    eq. 8   (λ I + Σ_i T_iᵀ W_iᵀ W_i T_i) c' = Σ_i T_iᵀ W_iᵀ W_i c
-
-An epoch derives ``C'`` for all tokens of every concept and solves UCE's closed form with it. A shared ``T`` needs no
-layer for that: with ``G = Σ_i W_iᵀ W_i``, computed once, eq. 8 is ``(λ I + Tᵀ G T) c' = Tᵀ G c``, d × d for any number
-of layers. Both sides are brought along from step to step: after ``T ← T (I + U V)`` with r tokens that is O(r d²), and
-of the O(d³) work only the Cholesky factorisations are left.
+An epoch derives ``C'`` for all tokens of every concept (``regenerate.py``) and solves UCE's closed form with it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import accumulate, islice, pairwise
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from excise.edit.cholesky import solve
 from excise.edit.fitter import Fitter, Scales
 from excise.edit.gram import gram
-from excise.edit.tokens import Concept, Rule, all_pairs, last_subject_pairs, rows, width
-from excise.edit.transform import Step, Transform
+from excise.edit.regenerate import Equation, check_ridge, regenerate_by_site
+from excise.edit.tokens import Concept, Rule, all_pairs, last_subject_pairs, of_width, rows, width
+from excise.edit.transform import Transform
 from excise.edit.uce import Technique, check_technique, projections
 from excise.errors import UsageError
 
-__all__ = ["EPOCH_SCALES", "Anchor", "Epoch", "Rece", "derive", "rece", "residual"]
+__all__ = ["EPOCH_SCALES", "Anchor", "Epoch", "Rece", "Rounds", "rece"]
 
 #: Of every epoch in the published code.
 EPOCH_SCALES = Scales(1.0, keep=0.1, ridge=0.1)
@@ -44,13 +36,15 @@ class Epoch:
     """One round of derive and erase.
 
     Attributes:
-        derived: ``C'`` of each concept, float64 with shape (t, d).
+        derived: ``C'`` of each concept, float64 with shape (t, d); () where there are more tokens than dimensions.
+        regeneration: then ``R`` with shape (d, d), which makes ``C' = C R`` of any tokens.
         transform: the whole edit after this epoch.
         residual: ``Σ‖W_i T_i c' − W_i c‖² / Σ‖W_i c‖²`` over all concepts and tokens, for the edit that ``C'`` was
             derived against, the one before this epoch: 0 is a concept that came back entirely, near 1 one that can't.
     """
 
     derived: tuple[Tensor, ...]
+    regeneration: Tensor | None
     transform: Transform
     residual: float
 
@@ -75,7 +69,7 @@ class Rece:
 
 def rece(
     weights: Sequence[Tensor],
-    concepts: Sequence[Concept],
+    concepts: Iterable[Concept],
     kept: Iterable[Tensor],
     *,
     uce_scales: Scales,
@@ -86,172 +80,153 @@ def rece(
     anchor: Anchor = "current",
     rule: Rule = last_subject_pairs,
 ) -> Rece:
-    """UCE, then ``epochs`` rounds of eq. 8 and UCE's closed form on what it derived.
-
-    Args:
-        weights: original K and V weights, each with shape (o_i, d), of any dtype.
-        concepts: what to erase, and its targets.
-        kept: token matrices with shape (n, d), read once and kept in every stage.
-        uce_scales: s, λ₁ and λ₂ of the first stage.
-        epoch_scales: the same of every epoch.
-        epochs: 0 is UCE.
-        ridge: λ of eq. 8.
-        technique: as in ``uce``, in every stage.
-        anchor: ``current`` edits the weights as the last epoch left them and erases ``C'`` alone, as published;
-            ``original`` solves afresh from the original weights, with ``C`` by ``rule`` and every ``C'`` so far in the
-            erase set, in one step that replaces the edit before it.
-        rule: which tokens the first stage erases; ``C'`` is always erased at every position.
+    """UCE, then ``epochs`` rounds of eq. 8 and UCE's closed form on what it derived: ``Rounds``, so many of them.
 
     Raises:
-        UsageError: no weights, no concepts, widths that differ, or an argument out of range.
+        UsageError: as ``Rounds``, or a negative number of epochs.
         NumericsError: a singular system, inf or nan.
     """
-    check_technique(technique)
-    if anchor not in get_args(Anchor):
-        raise UsageError(f"anchor = {anchor!r}: give one of {', '.join(get_args(Anchor))}")
     if epochs < 0:
         raise UsageError(f"epochs = {epochs}: give 0 or more")
-    _check_ridge(ridge)
-    dim = width(weights, concepts)
-    unedited = Transform((), dim)
-    keeping = Fitter(dim, device=weights[0].device).keep_all(kept)
-
-    def erase(fitter: Fitter, tokens: Tensor, targets: Tensor, transform: Transform) -> None:
-        alphas = projections(weights, transform, tokens, targets) if technique == "tensor" else None
-        fitter.erase(tokens, targets, alphas)
-
-    fitter = keeping.copy()
-    for concept in concepts:
-        erase(fitter, *rule(concept), unedited)
-    step = fitter.fit(uce_scales)
-    transform = first = unedited.then(step)
-    tokens = torch.cat([rows(concept.tokens, dim) for concept in concepts]).to(weights[0].device)
-    # Of the edit that ``step`` comes on top of.
-    equation = _Equation.unedited(gram(weights), tokens) if epochs and step.is_shared else None
-
-    rounds: list[Epoch] = []
-    for _ in range(epochs):
-        if equation is None:
-            regenerated, error = _regenerate_by_site(weights, transform, tokens, ridge)
-        else:
-            edited = equation.after(step)
-            regenerated, error = edited.regenerate(transform.matrix(), tokens, ridge)
-            equation = edited if anchor == "current" else equation
-        derived = _parts(regenerated, concepts)
-        base = transform if anchor == "current" else unedited
-        if anchor == "current":
-            fitter = keeping.copy()
-        for concept, part in zip(concepts, derived, strict=True):
-            erase(fitter, part, all_pairs(concept)[1], base)
-        step = fitter.fit(epoch_scales)
-        transform = base.then(step).collapse()
-        rounds.append(Epoch(derived, transform, error))
-    return Rece(first, tuple(rounds))
+    rounds = Rounds(
+        weights,
+        concepts,
+        Fitter(width(weights), device=weights[0].device).keep_all(kept),
+        uce_scales=uce_scales,
+        epoch_scales=epoch_scales,
+        ridge=ridge,
+        technique=technique,
+        anchor=anchor,
+        rule=rule,
+    )
+    return Rece(rounds.uce, tuple(islice(rounds, epochs)))
 
 
-def derive(gram: Tensor, transform: Tensor, tokens: Tensor, ridge: float) -> Tensor:
-    """``C'`` of eq. 8 with shape (t, d), float64: the ridge solution of eq. 7 for every token by itself.
+class Rounds(Iterator[Epoch]):
+    """RECE as an iterator without end: UCE's stage at the start, one epoch at each ``next``.
 
-    Args:
-        gram: ``G`` of the original weights with shape (d, d), float64.
-        transform: ``T`` with shape (d, d), float64.
-        tokens: ``C`` with shape (t, d).
-        ridge: λ; with 0 the system must be regular.
-
-    Raises:
-        UsageError: a shape, or a λ that is negative or not finite.
-        NumericsError: a singular system, inf or nan.
-    """
-    _check_ridge(ridge)
-    dim = len(gram)
-    if gram.shape != (dim, dim) or transform.shape != (dim, dim):
-        raise UsageError(f"a gram of shape {tuple(gram.shape)}, a transform of {tuple(transform.shape)}: give (d, d)")
-    cross = transform.T @ gram
-    return _solve(cross @ transform, cross @ rows(tokens, dim).T.to(gram.device), ridge)
-
-
-def residual(gram: Tensor, transform: Tensor, derived: Tensor, tokens: Tensor) -> float:
-    """``Σ_i ‖W_i T c' − W_i c‖² / Σ_i ‖W_i c‖²`` over the rows: how badly ``derived`` regenerates ``tokens``.
-
-    Args:
-        gram: ``G`` with shape (d, d), float64.
-        transform: ``T`` with shape (d, d), float64.
-        derived: ``C'`` with shape (t, d).
-        tokens: ``C`` with shape (t, d).
-    """
-    original = rows(tokens, len(gram)).to(gram.device)
-    error = rows(derived, len(gram)).to(gram.device) @ transform.T - original
-    return _ratio(((error @ gram) * error).sum(), ((original @ gram) * original).sum())
-
-
-@dataclass(frozen=True)
-class _Equation:
-    """Eq. 8 but for its ridge, for a shared ``T``.
+    Up to d tokens are derived row by row. Of more, ``CᵀC`` and ``C*ᵀC`` are kept, and eq. 8 is solved for the identity:
+    its rows are ``R`` with ``C' = C R``, so that ``C'ᵀC' = Rᵀ CᵀC R``. Memory is O(d²) for any number of concepts.
 
     Attributes:
-        gram: ``G`` with shape (d, d).
-        normal: ``Tᵀ G T`` with shape (d, d).
-        right: ``Tᵀ G Cᵀ`` with shape (d, n).
+        uce: the edit of the first stage.
+        gram: ``G`` of the weights with shape (d, d), computed when first needed.
     """
 
-    gram: Tensor
-    normal: Tensor
-    right: Tensor
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        concepts: Iterable[Concept],
+        keeping: Fitter,
+        *,
+        uce_scales: Scales,
+        epoch_scales: Scales = EPOCH_SCALES,
+        ridge: float,
+        technique: Technique = "replace",
+        anchor: Anchor = "current",
+        rule: Rule = last_subject_pairs,
+    ) -> None:
+        """Run UCE's stage.
 
-    @classmethod
-    def unedited(cls, gram: Tensor, tokens: Tensor) -> _Equation:
-        """For ``T = I`` and ``C`` with shape (n, d)."""
-        return cls(gram, gram, gram @ tokens.T)
+        Args:
+            weights: original K and V weights, each with shape (o_i, d), of any dtype.
+            concepts: what to erase, and its targets; read once.
+            keeping: what is kept and held in every stage; it is left as it is.
+            uce_scales: s, λ₁ and λ₂ of the first stage.
+            epoch_scales: the same of every epoch.
+            ridge: λ of eq. 8.
+            technique: as in ``uce``, in every stage.
+            anchor: ``current`` edits the weights as the last epoch left them and erases ``C'`` alone, as published;
+                ``original`` solves afresh from the original weights, with ``C`` by ``rule`` and every ``C'`` so far in
+                the erase set, in one step that replaces the edit before it.
+            rule: which tokens the first stage erases; ``C'`` is always erased at every position.
 
-    def after(self, step: Step) -> _Equation:
-        """For ``T M`` in place of ``T``: ``Mᵀ A M = (A M)ᵀ M`` for the symmetric ``A = Tᵀ G T``."""
-        return _Equation(self.gram, step.applied_to(step.applied_to(self.normal).T), step.applied_to(self.right.T).T)
+        Raises:
+            UsageError: no weights, no concepts, widths that differ, or an argument out of range.
+            NumericsError: a singular system, inf or nan.
+        """
+        check_technique(technique)
+        if anchor not in get_args(Anchor):
+            raise UsageError(f"anchor = {anchor!r}: give one of {', '.join(get_args(Anchor))}")
+        check_ridge(ridge)
+        self._dim = width(weights)
+        self._weights, self._keeping, self._anchor, self._technique = weights, keeping, anchor, technique
+        self._ridge, self._scales = ridge, epoch_scales
+        self._unedited = Transform((), self._dim)
+        self._fitter = keeping.copy()
+        self._concepts: list[Concept] = []
+        self._moments: tuple[Tensor, Tensor] | None = None
+        waiting = 0
+        for concept in of_width(concepts, self._dim):
+            self._erase(*rule(concept), self._unedited)
+            self._concepts.append(concept)
+            waiting += len(concept.tokens)
+            if technique == "replace" and waiting > self._dim:
+                self._fold()
+                waiting = 0
+        if self._moments is not None:
+            self._fold()
+        self._step = self._fitter.fit(uce_scales)
+        self.uce = self._transform = self._unedited.then(self._step)
+        self._equation: Equation | None = None
 
-    def regenerate(self, transform: Tensor, tokens: Tensor, ridge: float) -> tuple[Tensor, float]:
-        """``C'`` with shape (n, d), and its residual."""
-        derived = _solve(self.normal, self.right, ridge)
-        return derived, residual(self.gram, transform, derived, tokens)
+    @cached_property
+    def gram(self) -> Tensor:
+        """``G = Σ_i W_iᵀ W_i`` of the original weights."""
+        return gram(self._weights)
 
+    @cached_property
+    def _tokens(self) -> Tensor:
+        """``C`` of all concepts, or the identity where its moments stand for it."""
+        device = self._weights[0].device
+        if self._moments is not None:
+            return torch.eye(self._dim, dtype=torch.float64, device=device)
+        return torch.cat([rows(concept.tokens, self._dim) for concept in self._concepts]).to(device)
 
-def _regenerate_by_site(
-    weights: Sequence[Tensor], transform: Transform, tokens: Tensor, ridge: float
-) -> tuple[Tensor, float]:
-    """The same for an edit that differs from site to site, with one weight in float64 at a time."""
-    device = tokens.device
-    normal = torch.zeros(transform.dim, transform.dim, dtype=torch.float64, device=device)
-    right = torch.zeros(transform.dim, len(tokens), dtype=torch.float64, device=device)
-    for site, weight in enumerate(weights):
-        original = weight.detach().to(torch.float64)
-        edited = transform.on_weight(original, site)
-        normal.addmm_(edited.T, edited)
-        right.addmm_(edited.T, original @ tokens.T)
-    derived = _solve(normal, right, ridge)
-    error, size = torch.zeros_like(normal[0, 0]), torch.zeros_like(normal[0, 0])
-    for site, weight in enumerate(weights):
-        original = weight.detach().to(torch.float64)
-        error += ((transform.on_tokens(derived, site) - tokens) @ original.T).square().sum()
-        size += (tokens @ original.T).square().sum()
-    return derived, _ratio(error, size)
+    def __next__(self) -> Epoch:
+        """The next epoch."""
+        if self._step.is_shared:
+            base = self._equation or Equation.unedited(self.gram, self._tokens)
+            edited = base.after(self._step)
+            tokens = None if self._moments is None else self._moments[0]
+            regenerated, error = edited.regenerate(self._transform.matrix(), self._tokens, self._ridge, tokens)
+            self._equation = edited if self._anchor == "current" else base
+        else:
+            regenerated, error = regenerate_by_site(self._weights, self._transform, self._tokens, self._ridge)
+        current = self._anchor == "current"
+        start = self._transform if current else self._unedited
+        if current:
+            self._fitter = self._keeping.copy()
+        derived: tuple[Tensor, ...] = ()
+        if self._moments is None:
+            derived = _parts(regenerated, self._concepts)
+            for concept, part in zip(self._concepts, derived, strict=True):
+                self._erase(part, all_pairs(concept)[1], start)
+        else:
+            erased, cross = self._moments
+            self._fitter.erase_moments(regenerated.T @ erased @ regenerated, cross @ regenerated)
+        self._step = self._fitter.fit(self._scales)
+        self._transform = start.then(self._step).collapse()
+        return Epoch(derived, None if self._moments is None else regenerated, self._transform, error)
+
+    def _erase(self, tokens: Tensor, targets: Tensor, transform: Transform) -> None:
+        tensor = self._technique == "tensor"
+        self._fitter.erase(tokens, targets, projections(self._weights, transform, tokens, targets) if tensor else None)
+
+    def _fold(self) -> None:
+        """From here on ``CᵀC`` and ``C*ᵀC`` stand for the concepts so far."""
+        device = self._weights[0].device
+        zero = torch.zeros(self._dim, self._dim, dtype=torch.float64, device=device)
+        erased, cross = self._moments or (zero, zero)
+        if self._concepts:
+            pairs = [all_pairs(concept) for concept in self._concepts]
+            source, target = (torch.cat([rows(p[i], self._dim) for p in pairs]).to(device) for i in (0, 1))
+            erased, cross = torch.addmm(erased, source.T, source), torch.addmm(cross, target.T, source)
+        self._moments = erased, cross
+        self._concepts.clear()
 
 
 def _parts(derived: Tensor, concepts: Sequence[Concept]) -> tuple[Tensor, ...]:
     """The rows of each concept."""
     ends = list(accumulate(len(concept.tokens) for concept in concepts))
     return tuple(derived[start:end] for start, end in pairwise([0, *ends]))
-
-
-def _solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """``((λ I + normal)⁻¹ right)ᵀ``."""
-    regular = normal.clone()
-    regular.diagonal().add_(ridge)
-    return solve(regular, right, ridge=ridge, name="the ridge of eq. 8").T
-
-
-def _ratio(error: Tensor, size: Tensor) -> float:
-    # A concept that every weight maps to 0 regenerates itself.
-    return float(error / size) if float(size) > 0 else 0.0
-
-
-def _check_ridge(ridge: float) -> None:
-    if not (math.isfinite(ridge) and ridge >= 0):
-        raise UsageError(f"ridge = {ridge:g}: give a finite λ of eq. 8, 0 or more")

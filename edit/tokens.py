@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,11 +20,12 @@ class Concept:
     Attributes:
         tokens: the concept at every position, with shape (t, d).
         target: the target at every position, with shape (t, d).
-        tokens_length: ``attention_mask.sum()`` of the concept's prompt, start and end tokens included.
+        tokens_length: ``attention_mask.sum()`` of the concept's prompt, start and end tokens included; 1 where a
+            prompt has one embedding only (pooled), or nothing but its end token.
         target_length: the same for the target's prompt.
 
     Raises:
-        UsageError: the shapes differ, or a length isn't from 2 to t.
+        UsageError: the shapes differ, or a length isn't from 1 to t.
         NumericsError: an embedding holds inf or nan.
     """
 
@@ -40,8 +41,8 @@ class Concept:
         rows(self.tokens, self.tokens.shape[1])
         rows(self.target, self.target.shape[1])
         for name, length in (("tokens_length", self.tokens_length), ("target_length", self.target_length)):
-            if not 2 <= length <= len(self.tokens):
-                raise UsageError(f"{name} = {length}: give the attention mask's sum, from 2 to {len(self.tokens)}")
+            if not 1 <= length <= len(self.tokens):
+                raise UsageError(f"{name} = {length}: give the attention mask's sum, from 1 to {len(self.tokens)}")
 
     @property
     def dim(self) -> int:
@@ -56,9 +57,10 @@ def last_subject_pairs(concept: Concept) -> tuple[Tensor, Tensor]:
     """``C`` and ``C*`` with shape (m, d): from the last token before the end of text to the last position.
 
     The rule of UCE's training script in the published RECE code (ECCV 2024, arXiv 2407.12383): each slice starts at
-    ``attention_mask.sum() − 2``, and the longer one loses its last rows. An empty prompt starts at its start token.
+    ``attention_mask.sum() − 2``, and the longer one loses its last rows. An empty prompt starts at its start token, or
+    at its end token where the tokenizer has no start token (T5).
     """
-    first, first_target = concept.tokens_length - 2, concept.target_length - 2
+    first, first_target = max(0, concept.tokens_length - 2), max(0, concept.target_length - 2)
     count = len(concept.tokens) - max(first, first_target)
     return concept.tokens[first : first + count], concept.target[first_target : first_target + count]
 
@@ -86,17 +88,23 @@ def rows(tokens: Tensor, dim: int) -> Tensor:
     return tokens.detach().to(torch.float64)
 
 
-def width(weights: Sequence[Tensor], concepts: Sequence[Concept]) -> int:
-    """d, which all ``weights`` (o_i × d) and all ``concepts`` must share. Raises ``UsageError`` where they don't."""
+def width(weights: Sequence[Tensor]) -> int:
+    """d, which all ``weights`` (o_i × d) must share. Raises ``UsageError`` where they don't."""
     if not weights:
         raise UsageError("no weight to edit: give the K and V projections of the cross-attention layers")
-    if not concepts:
-        raise UsageError("no concept to erase: give at least one")
     dim = weights[0].shape[-1]
     for site, weight in enumerate(weights):
         if weight.ndim != 2 or weight.shape[1] != dim:
             raise UsageError(f"weight {site} has shape {tuple(weight.shape)}: give (o, {dim}) like weight 0")
+    return dim
+
+
+def of_width(concepts: Iterable[Concept], dim: int) -> Iterator[Concept]:
+    """``concepts``, read once. Raises ``UsageError`` where one isn't d wide, and at the end where there was none."""
+    index = -1
     for index, concept in enumerate(concepts):
         if concept.dim != dim:
             raise UsageError(f"concept {index} has width {concept.dim}, weights {dim}: use the model's text encoder")
-    return dim
+        yield concept
+    if index < 0:
+        raise UsageError("no concept to erase: give at least one")

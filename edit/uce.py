@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from excise.edit.fitter import Fitter, Scales
-from excise.edit.tokens import Concept, Rule, last_subject_pairs, rows, width
+from excise.edit.tokens import Concept, Rule, last_subject_pairs, of_width, rows, width
 from excise.edit.transform import Transform
 from excise.errors import UsageError
 
@@ -25,32 +25,36 @@ Technique = Literal["replace", "tensor"]
 
 def uce(
     weights: Sequence[Tensor],
-    concepts: Sequence[Concept],
+    concepts: Iterable[Concept],
     kept: Iterable[Tensor],
     *,
     scales: Scales,
     technique: Technique = "replace",
     rule: Rule = last_subject_pairs,
+    held: Tensor | None = None,
 ) -> Transform:
     """The edit of UCE, eq. 3, as one step.
 
     Args:
         weights: K and V weights, each with shape (o_i, d), of any dtype; only technique ``tensor`` reads their values.
-        concepts: what to erase, and its targets.
+        concepts: what to erase, and its targets; read once.
         kept: token matrices with shape (n, d), read once.
         scales: s, λ₁ and λ₂; 1, 1 and 0.5 in the published RECE checkpoints.
         technique: ``replace`` aims at the target, ``tensor`` at the part of it that is orthogonal to the concept.
         rule: which tokens of a concept go to which of its target.
+        held: tokens with shape (n, d) that must not move at all.
 
     Raises:
         UsageError: no weights, no concepts, or widths that differ.
         NumericsError: a singular system, inf or nan.
     """
     check_technique(technique)
-    dim = width(weights, concepts)
+    dim = width(weights)
     fitter = Fitter(dim, device=weights[0].device).keep_all(kept)
+    if held is not None:
+        fitter.hold(held)
     unedited = Transform((), dim)
-    for concept in concepts:
+    for concept in of_width(concepts, dim):
         tokens, targets = rule(concept)
         alphas = projections(weights, unedited, tokens, targets) if technique == "tensor" else None
         fitter.erase(tokens, targets, alphas)

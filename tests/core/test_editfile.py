@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from excise.editfile import Edit, EditMetadata, Erased, fingerprint, load_edit, save_edit
+from excise.editfile import Edit, fingerprint, load_edit, save_edit
+from excise.editmetadata import EditMetadata, Erased, Kept, Stream
 from excise.errors import EditError, FingerprintMismatch, NumericsError, OutputError
 
 D = 6
@@ -23,28 +24,28 @@ def metadata() -> EditMetadata:
     return EditMetadata(
         excise_version="0",
         method="uce",
-        preset=None,
-        hyperparameters={"ridge": 0.1},
+        recipe={"ridge": 0.1},
         concepts=(Erased(erase="gun", to="sunflower"),),
-        kept=("cat",),
+        kept=Kept.of(["cat"]),
         token_rule="all",
-        sites=tuple(weights()),
+        family="stable-diffusion",
+        streams=(Stream(name="text", dim=D, sites=tuple(weights())),),
         weights_fingerprint=fingerprint(weights()),
         text_encoder_fingerprint="0",
     )
 
 
 def shared() -> Edit:
-    return Edit(metadata(), {"transform": np.random.default_rng(1).standard_normal((D, D))})
+    return Edit(metadata(), {"text.transform": np.random.default_rng(1).standard_normal((D, D))})
 
 
 def layerwise() -> Edit:
     rng = np.random.default_rng(2)
     tensors = {}
     for step in range(2):
-        tensors[f"steps.{step}.shared"] = rng.standard_normal((D, D))
-        tensors[f"steps.{step}.scaled"] = rng.standard_normal((3, D, D))
-        tensors[f"steps.{step}.scalars"] = rng.standard_normal((2, 3))
+        tensors[f"text.steps.{step}.shared"] = rng.standard_normal((D, D))
+        tensors[f"text.steps.{step}.scaled"] = rng.standard_normal((3, D, D))
+        tensors[f"text.steps.{step}.scalars"] = rng.standard_normal((2, 3))
     return Edit(metadata(), tensors)
 
 
@@ -65,7 +66,7 @@ def test_apply_multiplies_from_the_right() -> None:
     edit = shared()
     for name, weight in edit.apply(weights()).items():
         assert weight.dtype == np.float32
-        np.testing.assert_allclose(weight, weights()[name] @ edit.tensors["transform"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(weight, weights()[name] @ edit.tensors["text.transform"], rtol=1e-5, atol=1e-5)
 
 
 def test_layerwise_matrices_differ_by_site_and_multiply_in_order() -> None:
@@ -74,9 +75,9 @@ def test_layerwise_matrices_differ_by_site_and_multiply_in_order() -> None:
     for step in range(2):
         scaled = sum(
             s * m
-            for s, m in zip(edit.tensors[f"steps.{step}.scalars"][1], edit.tensors[f"steps.{step}.scaled"], strict=True)
+            for s, m in zip(edit.tensors[f"text.steps.{step}.scalars"][1], edit.tensors[f"text.steps.{step}.scaled"], strict=True)
         )
-        expected = expected @ (edit.tensors[f"steps.{step}.shared"] - scaled)
+        expected = expected @ (edit.tensors[f"text.steps.{step}.shared"] - scaled)
     np.testing.assert_allclose(edit.matrix("a.to_v.weight"), expected)
     assert not np.allclose(edit.matrix("a.to_k.weight"), expected)
 
@@ -105,7 +106,7 @@ def test_force_is_never_a_silent_no_op() -> None:
 def test_overflow_in_half_precision_is_an_error() -> None:
     half = weights("float16")
     edit = Edit(
-        metadata().model_copy(update={"weights_fingerprint": fingerprint(half)}), {"transform": np.eye(D) * 1e6}
+        metadata().model_copy(update={"weights_fingerprint": fingerprint(half)}), {"text.transform": np.eye(D) * 1e6}
     )
     with pytest.raises(NumericsError, match="float16"):
         edit.apply(half)

@@ -72,7 +72,7 @@ def test_the_concept_becomes_its_target_or_kept_prompts_stay(tiny_model: Path) -
     rows = slice(gun.length - 2, None)
     erased, held = (
         torch.from_numpy(
-            erase(tiny_model, replace(OPTIONS, method="uce", regularization=1e-6, keep_scale=s)).tensors["transform"]
+            erase(tiny_model, replace(OPTIONS, method="uce", regularization=1e-6, keep_scale=s)).tensors["text.transform"]
         )
         for s in (1e-6, 1e6)
     )
@@ -93,7 +93,7 @@ def test_edits_are_deterministic(tiny_model: Path) -> None:
 
 def test_an_empty_target_is_a_space(tiny_model: Path) -> None:
     empty, space = (erase(tiny_model, replace(OPTIONS, to=(to,))) for to in ("", " "))
-    np.testing.assert_array_equal(empty.tensors["transform"], space.tensors["transform"])
+    np.testing.assert_array_equal(empty.tensors["text.transform"], space.tensors["text.transform"])
 
 
 def test_an_edit_for_another_model_is_refused(tiny_model: Path, copy: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from excise.edit.gram import gram
-from excise.edit.rece import EPOCH_SCALES, Anchor, derive, rece, residual
+from excise.edit.rece import EPOCH_SCALES, Anchor, rece
+from excise.edit.regenerate import derive, residual
 from excise.edit.tokens import Concept, all_pairs, last_subject_pairs
 from excise.edit.uce import Scales, Technique, uce
 from excise.errors import NumericsError, UsageError
