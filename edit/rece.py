@@ -156,15 +156,14 @@ class Rounds(Iterator[Epoch]):
         self._fitter = keeping.copy()
         self._concepts: list[Concept] = []
         self._moments: tuple[Tensor, Tensor] | None = None
-        waiting = 0
+        many = False
         for concept in of_width(concepts, self._dim):
             self._erase(*rule(concept), self._unedited)
             self._concepts.append(concept)
-            waiting += len(concept.tokens)
-            if technique == "replace" and waiting > self._dim:
+            if technique == "replace" and sum(len(waiting.tokens) for waiting in self._concepts) > self._dim:
                 self._fold()
-                waiting = 0
-        if self._moments is not None:
+                many = True
+        if many:
             self._fold()
         self._step = self._fitter.fit(uce_scales)
         self.uce = self._transform = self._unedited.then(self._step)

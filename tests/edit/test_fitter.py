@@ -102,3 +102,30 @@ def test_refusals() -> None:
         Fitter(D).erase(normal(3, 0), normal(3, 1)).fit(Scales(keep=1, ridge=0))
     with pytest.raises(NumericsError, match="inf or nan"):
         Fitter(D).erase(1e200 * normal(3, 0), normal(3, 1)).fit(SCALES)
+
+
+def test_moments_stand_for_rows() -> None:
+    tokens, targets, more, aims = (normal(9, seed) for seed in (20, 21, 22, 23))
+    by_rows = Fitter(D).erase(tokens, targets).erase(more, aims).keep(more).fit(SCALES).matrix()
+    fitter = Fitter(D).erase(tokens, targets).erase_moments(more.T @ more, aims.T @ more).keep_gram(more.T @ more)
+    torch.testing.assert_close(fitter.fit(SCALES).matrix(), by_rows, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_what_is_held_is_a_constraint(rows: int) -> None:
+    """Equality-constrained least squares by its KKT system, an independent solve."""
+    tokens, targets, kept, held = normal(rows, 0), normal(rows, 1), normal(4, 2), normal(5, 3)
+    held = torch.cat([held, held[:2] * 3])  # dependent rows
+    eye = torch.eye(D, dtype=torch.float64)
+    s = SCALES.erase * tokens.T @ tokens + SCALES.keep * kept.T @ kept + SCALES.ridge * eye
+    aim = SCALES.erase * tokens.T @ (targets - tokens)
+    free = held[:5]
+    kkt = torch.cat([torch.cat([s, free.T], 1), torch.cat([free, torch.zeros(5, 5, dtype=torch.float64)], 1)])
+    expected = torch.linalg.solve(kkt, torch.cat([aim, torch.zeros(5, D, dtype=torch.float64)]))[:D].T + eye
+    fitter = Fitter(D).erase(tokens, targets).keep(kept)
+    assert (held @ fitter.fit(SCALES).matrix().T - held).norm() > 0.1
+    step = fitter.hold(held).fit(SCALES).matrix()
+    torch.testing.assert_close(step, expected, rtol=0, atol=1e-12)
+    assert (held @ step.T - held).norm() < 1e-13 * held.norm()
+    with pytest.raises(UsageError, match="span all 12"):
+        fitter.hold(normal(D, 4))

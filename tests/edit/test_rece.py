@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
+from excise.edit.fitter import Fitter
 from excise.edit.gram import gram
-from excise.edit.rece import EPOCH_SCALES, Anchor, rece
+from excise.edit.rece import EPOCH_SCALES, Anchor, Rounds, rece
 from excise.edit.regenerate import derive, residual
 from excise.edit.tokens import Concept, all_pairs, last_subject_pairs
 from excise.edit.uce import Scales, Technique, uce
@@ -32,7 +36,7 @@ def problem(seed: int, concepts: int = 2) -> tuple[list[Tensor], list[Concept], 
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     weights = [normal(o, D) for o in (6, 24, 12)]
-    given = [Concept(normal(T, D), normal(T, D), tokens_length=3 + i, target_length=2) for i in range(concepts)]
+    given = [Concept(normal(T, D), normal(T, D), tokens_length=3 + i % 3, target_length=2) for i in range(concepts)]
     return weights, given, [normal(T, D)]
 
 
@@ -70,9 +74,13 @@ def regenerate(edited: list[Tensor], original: list[Tensor], tokens: Tensor, rid
     technique=st.sampled_from(["replace", "tensor"]),
     anchor=st.sampled_from(["current", "original"]),
     ridge=st.floats(0.01, 1),
+    number=st.sampled_from([2, 5]),
 )
-def test_equals_a_solve_for_every_layer(seed: int, technique: Technique, anchor: Anchor, ridge: float) -> None:
-    weights, concepts, kept = problem(seed)
+def test_equals_a_solve_for_every_layer(
+    seed: int, technique: Technique, anchor: Anchor, ridge: float, number: int
+) -> None:
+    """Five concepts have more tokens than dimensions: their statistics stand for them."""
+    weights, concepts, kept = problem(seed, number)
     result = rece(
         weights,
         concepts,
@@ -100,7 +108,9 @@ def test_equals_a_solve_for_every_layer(seed: int, technique: Technique, anchor:
         erased = erased + [(tokens, all_pairs(c)[1]) for tokens, c in zip(derived, concepts, strict=True)]
         edited = [solve_layer(weight, erased, kept, EPOCH_SCALES, technique) for weight in base]
         # Measured over 200 draws: 1.2e-11 at worst, most of it the least-squares solves'.
-        for ours, theirs in zip(epoch.derived, derived, strict=True):
+        found = epoch.derived or tuple(concept.tokens @ epoch.regeneration for concept in concepts)
+        assert bool(epoch.derived) is (number == 2 or technique == "tensor")
+        for ours, theirs in zip(found, derived, strict=True):
             assert (ours - theirs).norm() < 1e-9 * theirs.norm()
         for site, (weight, expected) in enumerate(zip(weights, edited, strict=True)):
             assert (epoch.transform.on_weight(weight, site) - expected).norm() < 1e-9 * expected.norm()
@@ -237,3 +247,37 @@ def test_refusals() -> None:
         rece([weights[0] / 0], concepts, kept, uce_scales=UCE_SCALES, epochs=1, ridge=0.1)
     with pytest.raises(UsageError, match="a gram of shape"):
         derive(IDENTITY[1:], IDENTITY, concepts[0].tokens, 0.1)
+
+
+@pytest.mark.parametrize("anchor", ["current", "original"])
+@pytest.mark.parametrize("number", [2, 5])
+def test_what_is_held_does_not_move(anchor: Anchor, number: int) -> None:
+    """Also where it is among what is erased; without the constraint it does move."""
+    weights, concepts, kept = problem(5, number)
+    held = torch.cat([concepts[0].tokens[:2], kept[0][:3]])
+
+    def moved(keeping: Fitter) -> float:
+        rounds = Rounds(weights, concepts, keeping, uce_scales=UCE_SCALES, ridge=0.1, anchor=anchor)
+        edits = [rounds.uce, *(epoch.transform for epoch in islice(rounds, 2))]
+        return max(float((edit.on_tokens(held) - held).norm() / held.norm()) for edit in edits)
+
+    assert moved(Fitter(D).keep_all(kept)) > 0.1
+    assert moved(Fitter(D).keep_all(kept).hold(held)) < 1e-13
+
+
+def test_memory_is_the_same_for_any_number_of_concepts() -> None:
+    weights, _, kept = problem(6)
+    made: list[Any] = []
+    most = 0
+
+    def stream() -> Iterator[Concept]:
+        nonlocal most
+        for seed in range(60):
+            concept = problem(seed, 1)[1][0]
+            made.append(ref(concept.tokens))
+            most = max(most, sum(tokens() is not None for tokens in made))
+            yield concept
+
+    rounds = Rounds(weights, stream(), Fitter(D).keep_all(kept), uce_scales=UCE_SCALES, ridge=0.1)
+    next(rounds)
+    assert most <= D // T + 3

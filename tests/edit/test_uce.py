@@ -155,7 +155,7 @@ def test_refusals() -> None:
     with pytest.raises(UsageError, match="weight 1 has shape"):
         uce([weights[0], weights[1][:, 1:]], concepts, kept, scales=good)
     with pytest.raises(UsageError, match=f"concept 0 has width {D}, weights {D - 1}"):
-        uce([weights[0][:, 1:]], concepts, kept, scales=good)
+        uce([weights[0][:, 1:]], concepts, [], scales=good)
     with pytest.raises(UsageError, match="give \\(tokens, 20\\)"):
         uce(weights, concepts, [kept[0][:, 1:]], scales=good)
     with pytest.raises(UsageError, match="technique = 'swap'"):
