@@ -72,21 +72,22 @@ class Certified(_Frozen):
     tokens: tuple[tuple[float, ...], ...] = ()
 
 
-class EpochFigures(_Frozen):
-    """One RECE epoch, in one stream.
+class StageFigures(_Frozen):
+    """One stage of the method, in one stream: UCE's, an epoch of RECE, or all of another method.
 
-    ``residual`` is how badly the edit before it regenerates the concept without a bound (0: entirely); ``margin`` how
-    badly within 1× the tokens' norm after it; ``moved`` is the relative movement of the kept prompts after it;
-    ``detected`` the share of pictures generated from its derived embedding that show the concept, where a detector
-    was given.
+    ``residual`` is how badly the edit *before* an epoch regenerates the concept without a bound (0: entirely);
+    ``margin`` how badly within 1× the tokens' norm after it; ``moved`` is the relative movement of the kept prompts
+    after it; ``detected`` the share of pictures generated from its derived embedding that show the concept, where a
+    detector was given. An epoch that was tried and left out isn't ``accepted``.
     """
 
-    epoch: int
+    stage: str
     stream: str
     residual: float | None = None
-    margin: float
+    margin: float | None = None
     moved: float
     detected: float | None = None
+    accepted: bool = True
 
 
 class EditMetadata(_Frozen):
@@ -113,5 +114,5 @@ class EditMetadata(_Frozen):
     on: tuple[str, ...] = ()
     parts: tuple[tuple[str, EditMetadata], ...] = ()
     source: dict[str, Any] | None = None
-    epochs: tuple[EpochFigures, ...] = ()
+    stages: tuple[StageFigures, ...] = ()
     certificate: tuple[Certified, ...] = ()

@@ -22,7 +22,14 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
         metadata = edit.metadata
         lines = [f"{path}: an edit", f"  id        {edit.id}", f"  {edit.summary}"]
         lines += [f"  erase     {concept.erase!r} → {concept.to!r}" for concept in metadata.concepts]
-        lines += [f"  {name:<24} {value}" for name, value in metadata.recipe.items()]
+        lines += [f"  on        {before}" for before in metadata.on]
+        lines += [f"  part      {part}: {inner.method}" for part, inner in metadata.parts]
+        lines += [
+            f"  {stage.stream} {stage.stage}: margin {_number(stage.margin)}, kept moved {stage.moved:.2e}"
+            + ("" if stage.accepted else " (left out)")
+            for stage in metadata.stages
+        ]
+        lines += [f"  {name:<24} {value}" for name, value in {**metadata.recipe, **(metadata.source or {})}.items()]
         document = {"kind": "edit", "path": str(path), "id": edit.id, "metadata": metadata.model_dump(mode="json")}
         return document, "\n".join(lines), True
     if not path.is_dir():
@@ -42,3 +49,7 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
         "manifest": manifest.model_dump(mode="json"),
     }
     return report, "\n".join(lines), not problems
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"

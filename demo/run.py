@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from excise.demo import CLIP, MODEL
-from excise.demo.vocabulary import KEPT, WEAPONS, caption
-from excise.edit.erase import Options, erase
+from excise.demo.vocabulary import WEAPONS
+from excise.edit.erase import erase
+from excise.edit.recipe import Recipe, resolve
 from excise.editfile import Edit, save_edit
 from excise.eval.detector import ClipDetector
 from excise.eval.judge import judge
@@ -24,11 +25,6 @@ from excise.export.pipeline import load_pipeline
 from excise.output import check_free, new_folder
 from excise.serve.onnx_runtime import OnnxRuntime
 
-#: What every weapon becomes.
-TARGET = "sunflower"
-#: The erase and keep prompts: as users write them, not the bare word alone.
-PHRASES = ("{object}", "a {object}", "{a} {object}", "a picture of {a} {object}")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -39,39 +35,12 @@ class Outcome:
     text: str
 
 
-def phrases(name: str) -> tuple[str, ...]:
-    """The prompts that name an object, without repeats."""
-    return tuple(dict.fromkeys(caption(phrase, object=name) for phrase in PHRASES))
-
-
-def weapons_options() -> Options:
-    """The demo's edit: every phrase of every weapon becomes the same phrase of the target; the other objects are kept.
-
-    The anchor is the original weights: on a text encoder this small, editing the current ones brings the concept back.
-    """
-    pairs = [
-        (caption(phrase, object=weapon), caption(phrase, object=TARGET)) for weapon in WEAPONS for phrase in PHRASES
-    ]
-    pairs = list(dict.fromkeys(pairs))
-    return Options(
-        erase=tuple(concept for concept, _ in pairs),
-        to=tuple(target for _, target in pairs),
-        keep=("", *(phrase for name in KEPT for phrase in phrases(name))),
-        method="rece",
-        epochs=2,
-        ridge=0.1,
-        keep_scale=0.1,
-        regularization=0.1,
-        anchor="original",
-    )
-
-
 def run_demo(
     out: Path,
     *,
     onnx: Path | None = None,
     protocol: Protocol | None = None,
-    options: Options | None = None,
+    recipe: Recipe | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Outcome:
     """The whole loop. ``out`` appears whole or not at all, also when the verdict is a failure.
@@ -79,7 +48,7 @@ def run_demo(
     Args:
         onnx: an exported folder to judge in place of the edited model's own export.
         protocol: what is generated and counted; ``demo_weapons()`` when None.
-        options: the edit; ``weapons_options()`` when None.
+        recipe: the edit; the preset ``weapons`` when None.
 
     Raises:
         OutputError: ``out`` holds something already or can't be written.
@@ -90,7 +59,7 @@ def run_demo(
     protocol = protocol or demo_weapons()
     with new_folder(out) as folder:
         say("1/4 edit: erasing " + ", ".join(WEAPONS))
-        edit = erase(MODEL, options or weapons_options(), progress=say)
+        edit = erase(MODEL, recipe or resolve("weapons", None, {}), progress=say)
         save_edit(folder / "edit.safetensors", edit)
         parity = {}
         if onnx is None:

@@ -1,151 +1,180 @@
-"""From prompts to an edit file's content: read the folder, embed the prompts, solve, and describe what was done."""
+"""From a recipe to an edit: read the folder, embed the prompts, solve stream by stream, and describe what was done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import excise
-from excise.edit.fitter import Scales
-from excise.edit.model_folder import as_float32, cross_attention_weights
-from excise.edit.rece import EPOCH_SCALES, rece
-from excise.edit.text import Embedding, TextEncoder
-from excise.edit.tokens import RULES, Concept
+from excise.edit.apply import carried
+from excise.edit.auto_epochs import Probe
+from excise.edit.cache import CachedEncoder, EmbeddingCache
+from excise.edit.component_files import Float32
+from excise.edit.embedded_prompts import EmbeddedPrompts
+from excise.edit.methods import METHODS
+from excise.edit.model_folder import read_sites
+from excise.edit.problem import Problem, Stage
+from excise.edit.recipe import Recipe
+from excise.edit.site_selection import selection
+from excise.edit.text import Embedding, load_encoder, text_fingerprint
 from excise.edit.transform import Transform
-from excise.editfile import Edit, fingerprint
-from excise.editmetadata import EditMetadata, Erased, Kept, Stream
+from excise.editfile import Array, Edit, fingerprint
+from excise.editmetadata import Certified, EditMetadata, Erased, Kept, StageFigures, Stream
 from excise.errors import UsageError
 
-METHODS = ("rece", "uce")
 
+def erase(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    certificate: bool = True,
+    cache: EmbeddingCache | None = None,
+    probe: Probe | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Edit:
+    """Erase concepts from a diffusers folder; only the text encoders and the layers that read them are read.
 
-@dataclass(frozen=True)
-class Options:
-    """Everything that decides an edit besides the model.
+    Args:
+        folder: a diffusers folder.
+        recipe: resolved.
+        device: where embeddings are computed and the systems solved; the edit's arrays are NumPy's all the same.
+        certificate: measure how well any bounded embedding regenerates each concept, and store it in the edit.
+        cache: where embeddings outlive the process; None keeps none.
+        probe: judges RECE's epochs by pictures.
+        progress: told each step.
 
-    ``ridge`` is λ of RECE's eq. 8; ``erase_scale``, ``keep_scale``, ``regularization`` are s, λ₁, λ₂ of the UCE stage.
+    Raises:
+        UsageError: a recipe that can't be used with this model, a prompt over the token limit, an unknown device.
+        ModelError: a folder that is missing, incomplete or of an unknown family (NoCrossAttention: nothing to edit).
+        NumericsError: the solve has no finite answer.
     """
-
-    erase: tuple[str, ...]
-    to: tuple[str, ...]
-    keep: tuple[str, ...] = ()
-    method: str = "rece"
-    preset: str | None = None
-    epochs: int = 1
-    ridge: float = 0.1
-    erase_scale: float = 1.0
-    keep_scale: float = 1.0
-    regularization: float = 0.5
-    technique: Literal["replace", "tensor"] = "replace"
-    anchor: Literal["current", "original"] = "current"
-    rule: str = "last-subject"
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """One target for each concept."""
-        return self.to * len(self.erase) if len(self.to) == 1 else self.to
-
-    def check(self) -> None:
-        """Raise ``UsageError`` for the first option that can't be used."""
-        if self.method not in METHODS:
-            raise UsageError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if self.rule not in RULES:
-            raise UsageError(f"unknown token rule {self.rule!r}: choose one of {', '.join(RULES)}")
-        if not self.erase:
-            raise UsageError("nothing to erase: give --erase TEXT, or a preset that names its concepts")
-        for concept in self.erase:
-            if not concept.strip():
-                raise UsageError(f"the concept {concept!r} is empty: --erase takes the words that name it")
-        if len(self.to) not in (1, len(self.erase)):
-            raise UsageError(
-                f"{len(self.to)} targets for {len(self.erase)} concepts: give --to once, or once for each --erase"
-            )
-        if self.epochs < 0:
-            raise UsageError(f"--epochs {self.epochs} is negative: 0 is UCE alone")
-        for name in ("ridge", "erase_scale", "regularization"):
-            value = getattr(self, name)
-            if not value > 0 or not np.isfinite(value):
-                raise UsageError(f"--{name.replace('_', '-')} {value} must be a positive number")
-        if self.keep_scale < 0 or not np.isfinite(self.keep_scale):
-            raise UsageError(f"--keep-scale {self.keep_scale} must be zero or a positive number")
-
-
-def _concepts(encoder: TextEncoder, options: Options) -> list[Concept]:
-    """Embeddings of each concept and its target; an empty target means ``" "``, as published."""
-    targets = options.targets
-    prompts = list(dict.fromkeys([*options.erase, *(target or " " for target in targets)]))
-    embedded: dict[str, Embedding] = dict(zip(prompts, encoder.embed(prompts), strict=True))
-    return [
-        Concept(
-            tokens=embedded[concept].tokens,
-            target=embedded[target or " "].tokens,
-            tokens_length=embedded[concept].length,
-            target_length=embedded[target or " "].length,
+    pairs = recipe.pairs()
+    if not pairs:
+        raise UsageError("nothing to erase: give --erase TEXT, or a preset or recipe that names its concepts")
+    method = METHODS[recipe.method]
+    _check_device(device)
+    progress("reading the layers that read text")
+    sites = read_sites(folder, select=selection(recipe, folder, values_only=method.values_only))
+    progress("embedding the prompts")
+    encoder = CachedEncoder(
+        lambda: load_encoder(folder, sites.family, device=device),
+        text_fingerprint(folder, sites.family),
+        cache or EmbeddingCache(None),
+        lambda tokens, length: Embedding(torch.from_numpy(tokens).double(), length),
+    )
+    prompts = EmbeddedPrompts(encoder, pairs, recipe.kept)
+    dims = {stream: next(iter(weights.values())).shape[1] for stream, weights in sites.streams.items()}
+    grams, number_kept = prompts.kept_grams()
+    solved: dict[str, tuple[Stage, ...]] = {}
+    named: dict[str, tuple[tuple[str, int], ...]] = {}
+    for stream, weights in sites.streams.items():
+        progress(f"solving {recipe.method} for {len(weights)} weights, {dims[stream]} wide")
+        named[stream], tokens = prompts.certified(stream) if certificate else ((), torch.zeros(0, dims[stream]))
+        problem = Problem(
+            weights=[weight.to(device) for weight in weights.values()],
+            concepts=lambda stream=stream: prompts.concepts(stream),  # type: ignore[misc]
+            kept=lambda stream=stream: prompts.kept(stream),  # type: ignore[misc]
+            kept_gram=grams.get(stream, torch.zeros(dims[stream], dims[stream], dtype=torch.float64)).to(device),
+            kept_scale=recipe.keep_weight(number_kept),
+            null=prompts.null(stream).to(device),
+            certified=tokens.to(device),
         )
-        for concept, target in zip(options.erase, targets, strict=True)
+        solved[stream] = method.solve(problem, recipe, probe)
+    results = {stream: [stage for stage in stages if stage.accepted][-1] for stream, stages in solved.items()}
+    metadata = EditMetadata(
+        excise_version=excise.__version__,
+        method=recipe.method,
+        preset=recipe.preset,
+        recipe=recipe.model_dump(mode="json", exclude={"erase", "to", "keep"}),
+        concepts=tuple(Erased(erase=concept, to=target) for concept, target in pairs),
+        kept=Kept.of(recipe.kept()),
+        token_rule=recipe.rule,
+        family=sites.family.name,
+        component=sites.family.component,
+        streams=tuple(
+            Stream(name=stream, dim=dims[stream], sites=tuple(weights)) for stream, weights in sites.streams.items()
+        ),
+        weights_fingerprint=fingerprint(
+            Float32({name: weight for weights in sites.streams.values() for name, weight in weights.items()})
+        ),
+        text_encoder_fingerprint=encoder.fingerprint,
+        on=carried(folder),
+        stages=tuple(figure for stream, stages in solved.items() for figure in _figures(stream, stages)),
+        certificate=tuple(
+            entry for stream, stages in solved.items() for entry in _certificate(stream, stages, named[stream])
+        ),
+    )
+    tensors = {}
+    for stream, stage in results.items():
+        tensors.update(_tensors(stage.transform, stream))
+    return Edit(metadata, tensors)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device {device} can't be used ({reason}): use cpu, or install a torch that has it"
+        ) from None
+
+
+def _figures(stream: str, stages: tuple[Stage, ...]) -> list[StageFigures]:
+    """The curve over a method's stages."""
+    return [
+        StageFigures(
+            stage=stage.name,
+            stream=stream,
+            residual=stage.residual,
+            margin=None if stage.margin is None else float(stage.margin.total[0]),
+            moved=stage.moved,
+            detected=stage.detected,
+            accepted=stage.accepted,
+        )
+        for stage in stages
     ]
 
 
-def erase(folder: Path, options: Options, *, progress: Callable[[str], None] = lambda message: None) -> Edit:
-    """Erase concepts from a diffusers folder; only the text encoder and the K and V tensors are read.
-
-    Raises:
-        UsageError: an option that can't be used, a prompt over the token limit.
-        ModelError: a folder that is missing or incomplete, or has no cross-attention.
-        NumericsError: the solve has no finite answer.
-    """
-    options.check()
-    progress("reading the K and V weights")
-    weights = cross_attention_weights(folder)
-    progress("embedding the prompts")
-    encoder = TextEncoder(folder)
-    concepts = _concepts(encoder, options)
-    kept = (embedding.tokens for embedding in encoder.embed(options.keep))
-    progress("solving")
-    solved = rece(
-        list(weights.values()),
-        concepts,
-        kept,
-        uce_scales=Scales(erase=options.erase_scale, keep=options.keep_scale, ridge=options.regularization),
-        epoch_scales=EPOCH_SCALES,
-        epochs=options.epochs if options.method == "rece" else 0,
-        ridge=options.ridge,
-        technique=options.technique,
-        anchor=options.anchor,
-        rule=RULES[options.rule],
-    )
-    metadata = EditMetadata(
-        excise_version=excise.__version__,
-        method=options.method,
-        preset=options.preset,
-        recipe={**asdict(options), "epochs": len(solved.epochs)},
-        concepts=tuple(
-            Erased(erase=concept, to=target) for concept, target in zip(options.erase, options.targets, strict=True)
-        ),
-        kept=Kept.of(options.keep),
-        token_rule=options.rule,
-        family="stable-diffusion",
-        streams=(Stream(name="text", dim=solved.transform.dim, sites=tuple(weights)),),
-        weights_fingerprint=fingerprint(as_float32(weights)),
-        text_encoder_fingerprint=encoder.fingerprint,
-    )
-    return Edit(metadata, _tensors(solved.transform, "text"))
+def _certificate(stream: str, stages: tuple[Stage, ...], named: tuple[tuple[str, int], ...]) -> list[Certified]:
+    """Each stage's margins, concept by concept. The unedited model has none: the concept itself attains 0."""
+    entries = []
+    for stage in stages:
+        if stage.margin is None:
+            continue
+        start = 0
+        for concept, count in named:
+            margin = stage.margin.part(slice(start, start + count))
+            start += count
+            entries.append(
+                Certified(
+                    stage=stage.name,
+                    stream=stream,
+                    concept=concept,
+                    radii=margin.radii,
+                    errors=tuple(margin.total.tolist()),
+                    weakest=tuple(margin.worst.tolist()),
+                    tokens=tuple(tuple(row) for row in margin.errors.tolist()) if count > 1 else (),
+                )
+            )
+    return entries
 
 
-def _tensors(transform: Transform, stream: str) -> dict[str, Any]:
+def _tensors(transform: Transform, stream: str) -> dict[str, Array]:
     """The arrays of the edit file."""
+    tensors: dict[str, Tensor]
     if transform.is_shared:
         left, right = transform.factors()
-        tensors: dict[str, torch.Tensor] = {"transform": transform.matrix(0), "left": left, "right": right}
+        tensors = {"transform": transform.matrix(0), "left": left, "right": right}
     else:
         tensors = {
             f"steps.{number}.{name}": getattr(step, name)
             for number, step in enumerate(transform.steps)
             for name in ("shared", "scaled", "scalars")
         }
-    return {f"{stream}.{name}": tensor.contiguous().numpy() for name, tensor in tensors.items()}
+    return {f"{stream}.{name}": np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in tensors.items()}

@@ -1,26 +1,34 @@
 """Read just what an edit needs from a diffusers folder: which weights read the text, and their values.
 
-The UNet is never built: its safetensors headers are read, and then only the K and V tensors.
+The denoiser is never built: its safetensors headers are read, and then only the tensors that are sites.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from excise.errors import ModelError, NoCrossAttention
+from excise.edit.component_files import Float32, Tensors
+from excise.edit.component_files import read_json as read_json
+from excise.edit.component_files import weight_files as weight_files
+from excise.edit.families import Family, family_of
+from excise.errors import ModelError, NoCrossAttention, UsageError
 
-#: ``to_k`` and ``to_v`` of a transformer block's second attention, the one that reads the text.
-SITE = re.compile(r"\.attn2\.to_[kv]\.weight$")
 WEIGHTS = "diffusion_pytorch_model"
-NEEDED = ("model_index.json", "unet/*", "text_encoder/*", "tokenizer/*", "scheduler/*", "vae/*")
+
+#: What a download takes of a pipeline.
+_FOLDERS = ("unet", "transformer", "text_encoder*", "tokenizer*", "scheduler", "vae")
+_ENDINGS = ("json", "safetensors", "txt", "model")
+NEEDED = ("model_index.json", *(f"{folder}/*.{ending}" for folder in _FOLDERS for ending in _ENDINGS))
+
+#: Dtypes of a safetensors header that hold the numbers themselves; any other is a code that a quantiser reads.
+_PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def resolve(model: str) -> Path:
@@ -41,89 +49,91 @@ def resolve(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [f"{p[:-1]}*.{e}" if p.endswith("*") else p for p in NEEDED for e in ("json", "safetensors", "txt")]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=list(NEEDED)))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{model} is not a folder and can't be had from the hub: {reason}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder.
+@dataclass(frozen=True)
+class Sites:
+    """The weights of a model that read text.
+
+    ``streams`` maps a stream's name to its weights by name, in order of name, each (o, d) in the stored dtype.
+    """
+
+    family: Family
+    streams: dict[str, dict[str, Tensor]]
+
+
+def read_sites(folder: Path, *, select: Callable[[str], bool] = lambda name: True) -> Sites:
+    """Every weight that reads text, stream by stream; nothing else of the denoiser is read.
+
+    Args:
+        folder: a diffusers folder.
+        select: which of the sites to read, by name.
 
     Raises:
-        ModelError: missing or not JSON.
+        ModelError: an unknown, incomplete, damaged or quantised model; sites that aren't matrices, of several widths
+            in one stream, or of several dtypes.
+        NoCrossAttention: the denoiser has no site.
+        UsageError: ``select`` leaves no site.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing: the model folder is incomplete") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
-    return content
+    family = family_of(folder)
+    component = folder / family.component
+    config = read_json(component / "config.json")
+    if config.get("quantization_config"):
+        raise ModelError(f"{component} is quantised (its config has quantization_config): use the original weights")
+    stored = Tensors(weight_files(component, WEIGHTS))
+    sites = {name: stream for name in stored if (stream := family.stream_of(name, config)) is not None}
+    if not sites:
+        kind = config.get("_class_name")
+        raise NoCrossAttention(f"{component} ({kind}) has no layer that reads text: none is named {family.sought}")
+    chosen = {name: stream for name, stream in sites.items() if select(name)}
+    if not chosen:
+        raise UsageError(f"none of the {len(sites)} layers that read text is selected; one is {next(iter(sites))}")
+    _check_headers(component, chosen, stored)
+    streams: dict[str, dict[str, Tensor]] = {stream.name: {} for stream in family.streams_of(config)}
+    for name, stream in chosen.items():
+        streams[stream][name] = stored[name]
+    return Sites(family, {stream: weights for stream, weights in streams.items() if weights})
 
 
-def weight_files(component: Path, stem: str) -> list[Path]:
-    """The safetensors files of a component, sharded or not.
+def _check_headers(component: Path, sites: dict[str, str], stored: Tensors) -> None:
+    """Refuse, before a value is read, what is quantised, not a matrix, or of several widths or dtypes."""
+    headers = {name: stored.header(name) for name in sites}
+    first = next(iter(headers))
+    widths: dict[str, str] = {}
+    for name, (dtype, shape) in headers.items():
+        if dtype not in _PLAIN:
+            raise ModelError(f"{component}: {name} is quantised (dtype {dtype}): use the original weights")
+        if len(shape) != 2 or 0 in shape:
+            raise ModelError(f"{component}: {name} has shape {shape}: only matrices (o, d) can be edited")
+        other = widths.setdefault(sites[name], name)
+        if shape[1] != headers[other][1][1]:
+            raise ModelError(
+                f"{component}: {name} reads text of width {shape[1]}, {other} of width {headers[other][1][1]}: "
+                "not supported"
+            )
+        if dtype != headers[first][0]:
+            raise ModelError(f"{component}: {name} is {dtype}, {first} is {headers[first][0]}: store all in one dtype")
 
-    Raises:
-        ModelError: none there, or a shard is missing.
-    """
-    index = component / f"{stem}.safetensors.index.json"
-    if index.exists():
-        files = sorted({component / name for name in read_json(index)["weight_map"].values()})
-    else:
-        files = [component / f"{stem}.safetensors"]
-        if not files[0].exists():
-            half = component / f"{stem}.fp16.safetensors"
-            files = [half] if half.exists() else files
-    for file in files:
-        if not file.exists():
-            raise ModelError(f"{file} is missing: the model folder is incomplete, or not in safetensors format")
-    return files
 
-
-def read_tensors(files: list[Path], pattern: re.Pattern[str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors whose names match, read lazily, in the files' dtype.
+def read_tensors(files: list[Path], pattern: re.Pattern[str] | None = None) -> dict[str, Tensor]:
+    """The tensors whose names match, in the files' dtype.
 
     Raises:
         ModelError: a file that is damaged or half-written.
     """
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    if pattern is None or pattern.search(name):
-                        tensors[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} can't be read ({error}): it is damaged or half-written") from error
-    return tensors
+    stored = Tensors(files)
+    return {name: stored[name] for name in stored if pattern is None or pattern.search(name)}
 
 
-def cross_attention_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every cross-attention K and V weight (o × d) of the UNet, by name, in order of name.
-
-    Raises:
-        ModelError: a missing or damaged file.
-        NoCrossAttention: nothing in the UNet reads text embeddings.
-    """
-    read_json(folder / "model_index.json")
-    unet = folder / "unet"
-    config = read_json(unet / "config.json")
-    found = read_tensors(weight_files(unet, WEIGHTS), SITE)
-    if not found:
-        kind = config.get("_class_name", "unknown")
-        raise NoCrossAttention(
-            f"{unet} ({kind}) has no cross-attention: no weight is named …attn2.to_k.weight or …attn2.to_v.weight"
-        )
-    widths = {weight.shape[1] for weight in found.values()}
-    expected = config.get("cross_attention_dim")
-    if len(widths) != 1 or (isinstance(expected, int) and widths != {expected}):
-        raise ModelError(f"{unet} reads text of widths {sorted(widths)}, its config says {expected}: not supported")
-    return {name: found[name] for name in sorted(found)}
+def cross_attention_weights(folder: Path) -> dict[str, Tensor]:
+    """Every weight (o × d) that reads text, by name, in order of name. Raises what ``read_sites`` does."""
+    return {name: weight for stream in read_sites(folder).streams.values() for name, weight in sorted(stream.items())}
 
 
-def as_float32(weights: dict[str, torch.Tensor]) -> dict[str, npt.NDArray[np.float32]]:
+def as_float32(weights: dict[str, Tensor]) -> dict[str, npt.NDArray[np.float32]]:
     """NumPy float32 copies, exact for float16 and bfloat16."""
-    return {name: weight.to(torch.float32).numpy() for name, weight in weights.items()}
+    return dict(Float32(weights))

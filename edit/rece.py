@@ -5,7 +5,7 @@ An epoch derives ``C'`` for all tokens of every concept (``regenerate.py``) and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from excise.edit.fitter import Fitter, Scales
-from excise.edit.gram import gram
+from excise.edit.gram import gram as gram_of
 from excise.edit.regenerate import Equation, check_ridge, regenerate_by_site
 from excise.edit.tokens import Concept, Rule, all_pairs, last_subject_pairs, of_width, rows, width
 from excise.edit.transform import Transform
@@ -110,7 +110,6 @@ class Rounds(Iterator[Epoch]):
 
     Attributes:
         uce: the edit of the first stage.
-        gram: ``G`` of the weights with shape (d, d), computed when first needed.
     """
 
     def __init__(
@@ -125,6 +124,7 @@ class Rounds(Iterator[Epoch]):
         technique: Technique = "replace",
         anchor: Anchor = "current",
         rule: Rule = last_subject_pairs,
+        gram: Callable[[], Tensor] | None = None,
     ) -> None:
         """Run UCE's stage.
 
@@ -140,6 +140,7 @@ class Rounds(Iterator[Epoch]):
                 ``original`` solves afresh from the original weights, with ``C`` by ``rule`` and every ``C'`` so far in
                 the erase set, in one step that replaces the edit before it.
             rule: which tokens the first stage erases; ``C'`` is always erased at every position.
+            gram: gives ``G`` of the weights, where it is at hand; called at the first epoch.
 
         Raises:
             UsageError: no weights, no concepts, widths that differ, or an argument out of range.
@@ -152,6 +153,7 @@ class Rounds(Iterator[Epoch]):
         self._dim = width(weights)
         self._weights, self._keeping, self._anchor, self._technique = weights, keeping, anchor, technique
         self._ridge, self._scales = ridge, epoch_scales
+        self._gram = gram or (lambda: gram_of(weights))
         self._unedited = Transform((), self._dim)
         self._fitter = keeping.copy()
         self._concepts: list[Concept] = []
@@ -170,11 +172,6 @@ class Rounds(Iterator[Epoch]):
         self._equation: Equation | None = None
 
     @cached_property
-    def gram(self) -> Tensor:
-        """``G = Σ_i W_iᵀ W_i`` of the original weights."""
-        return gram(self._weights)
-
-    @cached_property
     def _tokens(self) -> Tensor:
         """``C`` of all concepts, or the identity where its moments stand for it."""
         device = self._weights[0].device
@@ -185,7 +182,7 @@ class Rounds(Iterator[Epoch]):
     def __next__(self) -> Epoch:
         """The next epoch."""
         if self._step.is_shared:
-            base = self._equation or Equation.unedited(self.gram, self._tokens)
+            base = self._equation or Equation.unedited(self._gram(), self._tokens)
             edited = base.after(self._step)
             tokens = None if self._moments is None else self._moments[0]
             regenerated, error = edited.regenerate(self._transform.matrix(), self._tokens, self._ridge, tokens)

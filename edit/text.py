@@ -1,63 +1,171 @@
-"""Text embeddings as the UNet reads them: a folder's own tokenizer and text encoder, all positions."""
+"""Text embeddings as the denoiser reads them: a folder's own tokenizers and text encoders, all positions.
+
+For each stream of a model family the embeddings equal those that the diffusers pipeline's ``encode_prompt`` returns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor
 
-from excise.edit.model_folder import as_float32, read_json, read_tensors, weight_files
+from excise.edit.component_files import Float32, Tensors, read_json, weight_files
+from excise.edit.families import Family, family_of, present
+from excise.edit.text_model import STEM, TextModel
 from excise.editfile import fingerprint
-from excise.errors import ModelError, PromptTooLong
+from excise.errors import ModelError
 
-BATCH = 64
+#: Prompts at a time: a large language model's hidden states are many, CLIP's are few.
+BATCH, LARGE_BATCH = 64, 8
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """``tokens`` float64 with shape (positions, d); ``length`` is the prompt's own tokens with BOS and EOS."""
+    """What one segment of a stream puts out for one prompt.
 
-    tokens: torch.Tensor
+    Attributes:
+        tokens: float64 with shape (positions, d); one position for a pooled vector.
+        length: the positions of the prompt's own tokens, special ones included: ``attention_mask.sum()``. 1 for a
+            pooled vector, and for the zeros in place of an encoder that the pipeline lacks.
+    """
+
+    tokens: Tensor
     length: int
 
 
-class TextEncoder:
-    """A CLIP text encoder in float32 on the CPU, with its tokenizer."""
+@dataclass(frozen=True)
+class _Segment:
+    """Encoder and output of each part, joined along the width and padded to ``width``; without any, zeros."""
 
-    def __init__(self, folder: Path) -> None:
-        for part in ("tokenizer", "text_encoder"):
-            if not (folder / part).is_dir():
-                raise ModelError(f"{folder / part} is missing: the model folder is incomplete")
-        kind = (read_json(folder / "text_encoder" / "config.json").get("architectures") or ["unknown"])[0]
-        if kind not in ("CLIPTextModel", "CLIPModel"):
-            raise ModelError(f"{folder / 'text_encoder'} is a {kind}: only CLIPTextModel is supported")
-        weights = as_float32(read_tensors(weight_files(folder / "text_encoder", "model")))
-        self.fingerprint = fingerprint(weights)
-        try:
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        except (OSError, TypeError, ValueError) as error:
-            raise ModelError(f"{folder / 'tokenizer'} can't be read: {str(error).splitlines()[0]}") from error
-        self._model = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
-        ).eval()
+    sources: tuple[tuple[str, str], ...]
+    width: int | None
+    positions: int
 
-    def embed(self, prompts: Sequence[str]) -> Iterator[Embedding]:
-        """Embeddings in order, computed in batches of 64.
+    def __call__(self, outputs: Mapping[tuple[str, str], Tensor], prompts: int) -> Tensor:
+        if not self.sources:
+            return next(iter(outputs.values())).new_zeros(prompts, self.positions, self.width or 0)
+        joined = torch.cat([outputs[source] for source in self.sources], dim=-1)
+        missing = 0 if self.width is None else self.width - joined.shape[-1]
+        return torch.nn.functional.pad(joined, (0, missing))
+
+
+class Encoder:
+    """All text encoders that a family's streams read.
+
+    Attributes:
+        limit: the tokens that a prompt may have, special ones included, in the encoder that reads the fewest.
+    """
+
+    def __init__(self, models: Mapping[str, TextModel], streams: Mapping[str, tuple[_Segment, ...]]) -> None:
+        self._models, self._streams = models, streams
+        self.limit = min(model.limit for model in models.values())
+        self._batch = BATCH if all(model.part.kind == "clip" for model in models.values()) else LARGE_BATCH
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As ``text_fingerprint``."""
+        return _fingerprint({part: model.tensors for part, model in self._models.items()})
+
+    def embed(self, prompts: Sequence[str]) -> Iterator[dict[str, tuple[Embedding, ...]]]:
+        """For each prompt in order, the segments of every stream by the stream's name; computed in batches.
 
         Raises:
-            PromptTooLong: a prompt with more tokens than the encoder reads.
+            PromptTooLong: a prompt with more tokens than an encoder reads.
         """
-        limit = self._tokenizer.model_max_length
-        for start in range(0, len(prompts), BATCH):
-            batch = list(prompts[start : start + BATCH])
-            lengths = [len(ids) for ids in self._tokenizer(batch, verbose=False).input_ids]
-            for prompt, length in zip(batch, lengths, strict=True):
-                if length > limit:
-                    raise PromptTooLong(f"{prompt!r} has {length} tokens, this model reads {limit}: shorten it")
-            tokens = self._tokenizer(batch, padding="max_length", return_tensors="pt")
-            with torch.no_grad():
-                states = self._model(input_ids=tokens.input_ids).last_hidden_state.double()
-            yield from (Embedding(state, length) for state, length in zip(states, lengths, strict=True))
+        for start in range(0, len(prompts), self._batch):
+            yield from self._embed(list(prompts[start : start + self._batch]))
+
+    def _embed(self, batch: list[str]) -> Iterator[dict[str, tuple[Embedding, ...]]]:
+        wanted = {source for segments in self._streams.values() for segment in segments for source in segment.sources}
+        outputs: dict[tuple[str, str], Tensor] = {}
+        lengths: dict[str, list[int]] = {}
+        for part, model in self._models.items():
+            results, lengths[part] = model(batch, [output for name, output in wanted if name == part])
+            outputs.update({(part, output): tensor for output, tensor in results.items()})
+        joined = {name: [(s, s(outputs, len(batch))) for s in segments] for name, segments in self._streams.items()}
+        for number in range(len(batch)):
+            yield {
+                name: tuple(_embedding(segment, tensor[number], lengths, number) for segment, tensor in segments)
+                for name, segments in joined.items()
+            }
+
+
+def _embedding(segment: _Segment, tokens: Tensor, lengths: Mapping[str, list[int]], number: int) -> Embedding:
+    """One prompt's tokens; a vector is one token, and no encoder an empty prompt."""
+    if tokens.ndim == 1:
+        return Embedding(tokens[None].double(), 1)
+    return Embedding(tokens.double(), max((lengths[part][number] for part, _ in segment.sources), default=1))
+
+
+def load_encoder(
+    folder: Path, family: Family, *, device: str = "cpu", max_sequence_length: int | None = None
+) -> Encoder:
+    """The text encoders of a diffusers folder, in float32.
+
+    Args:
+        folder: a diffusers folder of ``family``.
+        device: where the encoders run; the embeddings lie there.
+        max_sequence_length: pad to fewer positions than the pipeline does by default, where the encoder allows it.
+
+    Raises:
+        ModelError: an encoder or a tokenizer is missing, damaged, quantised or of another class, or a config is.
+        UsageError: ``max_sequence_length`` isn't from 1 to the pipeline's.
+    """
+    index = read_json(folder / "model_index.json")
+    config = read_json(folder / family.component / "config.json")
+    models = {
+        part.component: TextModel(folder, part, max_sequence_length=max_sequence_length, device=device)
+        for part in family.parts
+        if present(index, part.component) or not part.optional
+    }
+    positions = {
+        part.component: min(max_sequence_length or part.limit, part.limit) for part in family.parts if part.limit
+    }
+    streams = {}
+    for stream in family.streams_of(config):
+        width = None if stream.width is None else config.get(stream.width)
+        if stream.width is not None and not isinstance(width, int):
+            raise ModelError(f"{folder / family.component / 'config.json'} has no {stream.width}: download it again")
+        streams[stream.name] = tuple(
+            _Segment(tuple(source for source in sources if source[0] in models), width, positions.get(sources[0][0], 0))
+            for sources in stream.sources
+        )
+    return Encoder(models, streams)
+
+
+def text_fingerprint(folder: Path, family: Family) -> str:
+    """SHA-256 over the weights of all encoders that the streams read, without building one.
+
+    With more than one, each weight's name starts with its encoder's.
+
+    Raises:
+        ModelError: an encoder is missing or damaged.
+    """
+    index = read_json(folder / "model_index.json")
+    parts = [part.component for part in family.parts if present(index, part.component) or not part.optional]
+    return _fingerprint({part: Tensors(weight_files(folder / part, STEM)) for part in parts})
+
+
+def _fingerprint(tensors: Mapping[str, Tensors]) -> str:
+    return fingerprint(Float32(next(iter(tensors.values())) if len(tensors) == 1 else Tensors.joined(tensors)))
+
+
+class TextEncoder:
+    """The embeddings of a Stable Diffusion's one stream."""
+
+    def __init__(self, folder: Path) -> None:
+        self._encoder = load_encoder(folder, family_of(folder))
+
+    @property
+    def fingerprint(self) -> str:
+        """As ``Encoder.fingerprint``."""
+        return self._encoder.fingerprint
+
+    def embed(self, prompts: Sequence[str]) -> Iterator[Embedding]:
+        """As ``Encoder.embed``, for the stream "text" alone."""
+        for embedded in self._encoder.embed(prompts):
+            yield embedded["text"][0]

@@ -31,7 +31,6 @@ def uce(
     scales: Scales,
     technique: Technique = "replace",
     rule: Rule = last_subject_pairs,
-    held: Tensor | None = None,
 ) -> Transform:
     """The edit of UCE, eq. 3, as one step.
 
@@ -42,7 +41,6 @@ def uce(
         scales: s, λ₁ and λ₂; 1, 1 and 0.5 in the published RECE checkpoints.
         technique: ``replace`` aims at the target, ``tensor`` at the part of it that is orthogonal to the concept.
         rule: which tokens of a concept go to which of its target.
-        held: tokens with shape (n, d) that must not move at all.
 
     Raises:
         UsageError: no weights, no concepts, or widths that differ.
@@ -51,8 +49,6 @@ def uce(
     check_technique(technique)
     dim = width(weights)
     fitter = Fitter(dim, device=weights[0].device).keep_all(kept)
-    if held is not None:
-        fitter.hold(held)
     unedited = Transform((), dim)
     for concept in of_width(concepts, dim):
         tokens, targets = rule(concept)

@@ -9,70 +9,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    HiDreamImagePipeline,
-    HiDreamImageTransformer2DModel,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram, WordLevel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
-CLIP_TOKENIZER = Path(__file__).parents[2] / "demo" / "model" / "tokenizer"
-WORDS = "a an the of in style painting photo gun sword cat dog sunflower red blue".split()
+WORDS = "a an the of in style painting photo gun sword cat dog sunflower red blue".split()  # noqa: SIM905
 CLIP_L, CLIP_G, T5, LLAMA = 32, 24, 64, 40
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> transformers.CLIPTokenizer:
     """The demo model's: 24 positions."""
-    return CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
+    return transformers.CLIPTokenizer.from_pretrained(Path(__file__).parents[2] / "demo" / "model" / "tokenizer")
 
 
-def clip(width: int = CLIP_L, *, projection: int | None = None, positions: int = 24, **config: Any) -> CLIPTextModel:
+def clip(
+    width: int = CLIP_L, *, projection: int | None = None, positions: int = 24, **config: Any
+) -> transformers.CLIPTextModel:
     tokenizer = clip_tokenizer()
-    settings = CLIPTextConfig(
+    settings = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=2,
         max_position_embeddings=positions,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         initializer_factor=10.0,
         **({} if projection is None else {"projection_dim": projection}),
         **config,
     )
-    return CLIPTextModel(settings) if projection is None else CLIPTextModelWithProjection(settings)
+    return (
+        transformers.CLIPTextModel(settings)
+        if projection is None
+        else transformers.CLIPTextModelWithProjection(settings)
+    )
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> transformers.T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -3.0)]
     pieces += [(f"▁{word}", -2.0) for word in WORDS]
     pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -80,44 +55,42 @@ def t5_tokenizer() -> T5TokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=512)
+    return transformers.T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=512)
 
 
-def t5() -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
+def t5() -> transformers.T5EncoderModel:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
             vocab_size=64, d_model=T5, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
         )
     )
 
 
-def llama_tokenizer() -> PreTrainedTokenizerFast:
+def llama_tokenizer() -> transformers.PreTrainedTokenizerFast:
     names = ["<s>", "</s>", "<unk>", *WORDS]
     tokenizer = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
 
 
-def llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
+def llama() -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=32,
             hidden_size=LLAMA,
             intermediate_size=48,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
-            bos_token_id=0,
-            eos_token_id=1,
         )
     )
 
 
-def vae(**config: Any) -> AutoencoderKL:
-    return AutoencoderKL(
+def vae(**config: Any) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -128,12 +101,9 @@ def vae(**config: Any) -> AutoencoderKL:
     )
 
 
-def unet(width: int, **config: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+def unet(width: int, **config: Any) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
         **{
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
             "block_out_channels": (16, 32),
             "layers_per_block": 1,
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -146,21 +116,21 @@ def unet(width: int, **config: Any) -> UNet2DConditionModel:
     )
 
 
-def stable_diffusion(text: dict[str, Any] | None = None, **config: Any) -> StableDiffusionPipeline:
+def stable_diffusion(text: dict[str, Any] | None = None, **config: Any) -> diffusers.StableDiffusionPipeline:
     """``config`` is the UNet's, ``text`` the text encoder's."""
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip(**(text or {})),
         tokenizer=clip_tokenizer(),
         unet=unet(CLIP_L, **config),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def _sdxl_unet(width: int) -> UNet2DConditionModel:
+def _sdxl_unet(width: int) -> diffusers.UNet2DConditionModel:
     return unet(
         width,
         addition_embed_type="text_time",
@@ -169,33 +139,33 @@ def _sdxl_unet(width: int) -> UNet2DConditionModel:
     )
 
 
-def stable_diffusion_xl() -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline(
+def stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
+    return diffusers.StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=clip(),
         text_encoder_2=clip(CLIP_G, projection=20),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=_sdxl_unet(CLIP_L + CLIP_G),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
     )
 
 
-def stable_diffusion_xl_refiner() -> StableDiffusionXLImg2ImgPipeline:
-    return StableDiffusionXLImg2ImgPipeline(
+def stable_diffusion_xl_refiner() -> diffusers.StableDiffusionXLImg2ImgPipeline:
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
         vae=vae(),
         text_encoder=None,
         text_encoder_2=clip(CLIP_G, projection=20),
         tokenizer=None,
         tokenizer_2=clip_tokenizer(),
         unet=_sdxl_unet(CLIP_G),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
         requires_aesthetics_score=True,
     )
 
 
-def stable_diffusion_3(*, with_t5: bool = True) -> StableDiffusion3Pipeline:
-    return StableDiffusion3Pipeline(
+def stable_diffusion_3(*, with_t5: bool = True) -> diffusers.StableDiffusion3Pipeline:
+    return diffusers.StableDiffusion3Pipeline(
         vae=vae(shift_factor=0.1),
         text_encoder=clip(projection=20),
         text_encoder_2=clip(CLIP_G, projection=16),
@@ -203,7 +173,7 @@ def stable_diffusion_3(*, with_t5: bool = True) -> StableDiffusion3Pipeline:
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         tokenizer_3=t5_tokenizer() if with_t5 else None,
-        transformer=SD3Transformer2DModel(
+        transformer=diffusers.SD3Transformer2DModel(
             sample_size=8,
             patch_size=1,
             in_channels=4,
@@ -216,22 +186,22 @@ def stable_diffusion_3(*, with_t5: bool = True) -> StableDiffusion3Pipeline:
             pooled_projection_dim=36,
             pos_embed_max_size=8,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )
 
 
-def stable_diffusion_3_without_t5() -> StableDiffusion3Pipeline:
+def stable_diffusion_3_without_t5() -> diffusers.StableDiffusion3Pipeline:
     return stable_diffusion_3(with_t5=False)
 
 
-def flux() -> FluxPipeline:
-    return FluxPipeline(
+def flux() -> diffusers.FluxPipeline:
+    return diffusers.FluxPipeline(
         vae=vae(shift_factor=0.1),
         text_encoder=clip(),
         text_encoder_2=t5(),
         tokenizer=clip_tokenizer(),
         tokenizer_2=t5_tokenizer(),
-        transformer=FluxTransformer2DModel(
+        transformer=diffusers.FluxTransformer2DModel(
             in_channels=16,
             num_layers=1,
             num_single_layers=1,
@@ -242,13 +212,13 @@ def flux() -> FluxPipeline:
             guidance_embeds=True,
             axes_dims_rope=(4, 4, 8),
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )
 
 
-def hidream() -> HiDreamImagePipeline:
+def hidream() -> diffusers.HiDreamImagePipeline:
     """Two of the three projections of the language model read its layer 2, the last but one is read by nothing."""
-    return HiDreamImagePipeline(
+    return diffusers.HiDreamImagePipeline(
         vae=vae(),
         text_encoder=clip(projection=20, positions=128),
         text_encoder_2=clip(CLIP_G, projection=16, positions=128),
@@ -258,7 +228,7 @@ def hidream() -> HiDreamImagePipeline:
         tokenizer_2=clip_tokenizer(),
         tokenizer_3=t5_tokenizer(),
         tokenizer_4=llama_tokenizer(),
-        transformer=HiDreamImageTransformer2DModel(
+        transformer=diffusers.HiDreamImageTransformer2DModel(
             patch_size=2,
             in_channels=4,
             num_layers=1,
@@ -274,16 +244,16 @@ def hidream() -> HiDreamImagePipeline:
             llama_layers=[0, 2, 2],
             force_inference_output=True,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )
 
 
-def pixart(kind: type = PixArtAlphaPipeline) -> Any:
+def pixart(kind: type = diffusers.PixArtAlphaPipeline) -> Any:
     return kind(
         vae=vae(),
         text_encoder=t5(),
         tokenizer=t5_tokenizer(),
-        transformer=PixArtTransformer2DModel(
+        transformer=diffusers.PixArtTransformer2DModel(
             sample_size=8,
             patch_size=2,
             in_channels=4,
@@ -296,12 +266,12 @@ def pixart(kind: type = PixArtAlphaPipeline) -> Any:
             norm_num_groups=2,
             use_additional_conditions=False,
         ),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
     )
 
 
 def pixart_sigma() -> Any:
-    return pixart(PixArtSigmaPipeline)
+    return pixart(diffusers.PixArtSigmaPipeline)
 
 
 #: The family of each builder's pipeline.
@@ -318,9 +288,9 @@ FAMILY_OF: dict[Callable[[], Any], str] = {
 }
 
 
-def save(pipeline: Any, folder: Path, **options: Any) -> Path:
+def save(pipeline: Any, folder: Path) -> Path:
     """Save a pipeline as a diffusers folder."""
-    pipeline.save_pretrained(folder, **options)
+    pipeline.save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,100 @@
+"""One stream of a model as the closed forms see it: the layers that read it, and what it says of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from excise.edit.certificate import Margin, certify, certify_weights
+from excise.edit.gram import gram
+from excise.edit.tokens import Concept
+from excise.edit.transform import Transform
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method works on.
+
+    Attributes:
+        weights: the original weights, (o_i, d) each.
+        concepts: makes an iterator over what is erased, with its targets.
+        kept: makes an iterator over the token matrices (n, d) of what is kept.
+        kept_gram: ``PᵀP`` of all of them with shape (d, d), float64.
+        kept_scale: λ₁.
+        null: tokens of the empty prompt with shape (t, d).
+        certified: tokens (n, d) that margins are measured on; n = 0 leaves them out.
+    """
+
+    weights: Sequence[Tensor]
+    concepts: Callable[[], Iterator[Concept]]
+    kept: Callable[[], Iterator[Tensor]]
+    kept_gram: Tensor
+    kept_scale: float
+    null: Tensor
+    certified: Tensor
+
+    @property
+    def dim(self) -> int:
+        """d, the width of the stream."""
+        return len(self.kept_gram)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """``G = Σ W_iᵀ W_i`` with shape (d, d), computed when first needed."""
+        return gram(self.weights)
+
+    def margin(self, transform: Transform) -> Margin | None:
+        """How well any embedding of bounded norm regenerates what is certified after an edit."""
+        if not len(self.certified):
+            return None
+        if transform.is_shared:
+            return certify(self.gram, transform.matrix().to(self.gram.device), self.certified)
+        return certify_weights(self.weights, transform, self.certified)
+
+    def moved(self, transform: Transform) -> float:
+        """``Σ‖W_i (T_i − I) p‖² / Σ‖W_i p‖²`` over the kept tokens p: what an edit costs."""
+        if transform.is_shared:
+            matrix = transform.matrix().to(self.gram.device)
+            change = matrix - torch.eye(self.dim, dtype=matrix.dtype, device=matrix.device)
+            above, below = (change @ self.kept_gram @ change.T * self.gram).sum(), (self.kept_gram * self.gram).sum()
+        else:
+            above = below = self.kept_gram.new_zeros(())
+            for site, weight in enumerate(self.weights):
+                original = weight.detach().double()
+                change = transform.on_weight(original, site) - original
+                above = above + (change @ self.kept_gram * change).sum()
+                below = below + (original @ self.kept_gram * original).sum()
+        # Nothing kept, or prompts that every weight maps to 0.
+        return float(above / below) if float(below) > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An edit as it was after one stage of a method, with its figures.
+
+    Attributes:
+        name: "uce", "epoch 1", …
+        transform: the edit after it.
+        margin: what remains of the concept after it; None where nothing is certified.
+        moved: relative movement of the kept tokens after it.
+        residual: how badly the edit *before* an epoch regenerates the concept without a bound; None for other stages.
+        detected: share of pictures from an epoch's derived embedding that show the concept, where a probe counted.
+        accepted: False for an epoch that was tried and left out.
+    """
+
+    name: str
+    transform: Transform
+    margin: Margin | None
+    moved: float
+    residual: float | None = None
+    detected: float | None = None
+    accepted: bool = True
+
+    @classmethod
+    def of(cls, problem: Problem, name: str, transform: Transform, residual: float | None = None) -> Stage:
+        """Measure an edit."""
+        return cls(name, transform, problem.margin(transform), problem.moved(transform), residual)
