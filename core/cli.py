@@ -85,15 +85,28 @@ def export(model: str, edit_file: Path | None, out: Path, force: bool, as_json: 
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="Tell what PATH (a model folder or a checkpoint) changes of MODEL.")
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, base: str | None, as_json: bool) -> None:
     """Say what PATH holds: an edit file, or a folder that excise exported (its files are checked).
+
+    With --base, PATH is an edited diffusers folder or denoiser checkpoint: which weights differ from MODEL's, and
+    whether the difference is one right-multiplication that all layers share, as the closed forms leave.
 
     \b
     Examples:
       excise inspect nudity.safetensors
       excise inspect sd-onnx --json
+      excise inspect esd-nudity.pt --base CompVis/stable-diffusion-v1-4
     """
+    if base is not None:
+        with needs():
+            from excise.edit.imported import difference
+            from excise.edit.model_folder import resolve
+        moved = difference(path, resolve(base))
+        document = {"kind": "difference", "path": str(path), "base": base, **moved.document}
+        result(document, "\n".join([f"{path} against {base}", *(f"  {line}" for line in moved.report)]), as_json)
+        return
     from excise.inspection import inspect_path
 
     document, text, sound = inspect_path(path)

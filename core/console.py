@@ -24,6 +24,7 @@ EXTRAS = {
     "torchvision": "eval",
     "jinja2": "eval",
     "matplotlib": "eval",
+    "yaml": "edit",
 }
 
 

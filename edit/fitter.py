@@ -139,7 +139,7 @@ class Fitter:
         """``keep`` each, reading ``kept`` once; some thousand rows go into one product."""
         batch: list[Tensor] = []
         for tokens in kept:
-            batch.append(tokens)
+            batch.append(rows(tokens, self.dim))
             if sum(map(len, batch)) >= _ROWS:
                 self.keep(torch.cat(batch))
                 batch = []

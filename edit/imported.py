@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 import excise
 from excise.edit.apply import carried
 from excise.edit.component_files import Float32, Tensors, read_json, weight_files
 from excise.edit.families import family_of
 from excise.edit.model_folder import WEIGHTS
-from excise.edit.third_party import compare, read_checkpoint
+from excise.edit.third_party import Moved, compare, read_checkpoint
 from excise.edit.transform import Step, Transform
 from excise.editfile import Array, Edit, fingerprint
 from excise.editmetadata import EditMetadata, Erased, Kept, Stream
+from excise.errors import EditError
 
 
 def imported(checkpoint: Path, folder: Path, *, erased: tuple[str, ...] = ()) -> tuple[Edit, list[str]]:
@@ -35,35 +38,18 @@ def imported(checkpoint: Path, folder: Path, *, erased: tuple[str, ...] = ()) ->
         ModelError: the base is missing, incomplete or of an unknown family.
     """
     family = family_of(folder)
-    component = folder / family.component
-    config = read_json(component / "config.json")
-    base = Tensors(weight_files(component, WEIGHTS))
-    stream_of = {name: family.stream_of(name, config) for name in base}
-    names = {stream for stream in stream_of.values() if stream}
-    # Layers of several streams have no one matrix between them: their differences are kept.
-    sites = [name for name, stream in stream_of.items() if stream] if len(names) == 1 else []
-    moved = compare(base, read_checkpoint(checkpoint, config), sites=sites)
+    base = Tensors(weight_files(folder / family.component, WEIGHTS))
+    name, moved = _compared(checkpoint, folder)
     tensors: dict[str, Array] = {f"delta.{name}": delta.numpy() for name, delta in moved.deltas.items()}
     streams: tuple[Stream, ...] = ()
     if moved.shared is not None:
-        (name,) = names
-        assert name is not None
         left, right = Transform((Step.of(moved.shared),), len(moved.shared)).factors(tolerance=1e-9)
         tensors |= {
             f"{name}.{part}": np.ascontiguousarray(tensor.numpy())
             for part, tensor in (("transform", moved.shared), ("left", left), ("right", right))
         }
         streams = (Stream(name=name, dim=len(moved.shared), sites=moved.sites),)
-    source: dict[str, Any] = {
-        "file": checkpoint.name,
-        "sha256": _sha256(checkpoint),
-        "compared": moved.compared,
-        "moved": len(moved.moved),
-        "share_of_parameters": moved.share,
-        "shared": moved.shared is not None,
-        "residual": moved.residual,
-        "rank": moved.rank,
-    }
+    source: dict[str, Any] = {"file": checkpoint.name, "sha256": _sha256(checkpoint), **moved.document}
     metadata = EditMetadata(
         excise_version=excise.__version__,
         method="imported",
@@ -81,6 +67,36 @@ def imported(checkpoint: Path, folder: Path, *, erased: tuple[str, ...] = ()) ->
         source=source,
     )
     return Edit(metadata, tensors), moved.report
+
+
+def difference(path: Path, folder: Path) -> Moved:
+    """What a model folder, or a third party's edited denoiser, changes of the model in ``folder``.
+
+    Raises:
+        EditError: ``path`` can't be read, is another model, or doesn't differ.
+        ModelError: a folder is missing, incomplete or of an unknown family.
+    """
+    return _compared(path, folder)[1]
+
+
+def _compared(path: Path, folder: Path) -> tuple[str, Moved]:
+    """The stream whose layers may share a matrix, and the comparison."""
+    family = family_of(folder)
+    component = folder / family.component
+    config = read_json(component / "config.json")
+    base = Tensors(weight_files(component, WEIGHTS))
+    stream_of = {name: family.stream_of(name, config) for name in base}
+    names = sorted({stream for stream in stream_of.values() if stream})
+    # Layers of several streams have no one matrix between them: their differences are kept.
+    sites = [name for name, stream in stream_of.items() if stream] if len(names) == 1 else []
+    if path.is_dir():
+        other = family_of(path)
+        if other.name != family.name:
+            raise EditError(f"{path} is a {other.name}, {folder} a {family.name}: compare with its own base")
+        new: Mapping[str, Tensor] = Tensors(weight_files(path / other.component, WEIGHTS))
+    else:
+        new = read_checkpoint(path, config)
+    return names[0] if names else "text", compare(base, new, sites=sites)
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,15 +43,15 @@ def _sequence(value: object) -> object:
 
 
 def _text(value: object) -> object:
-    """Half a character comes from a YAML escape, or from a command line that isn't UTF-8."""
     if isinstance(value, str):
-        value.encode()
+        value.encode()  # half a character comes from a YAML escape, or a command line that isn't UTF-8
     return value
 
 
 def _regular_expression(value: object) -> object:
-    if isinstance(_text(value), str):
+    if isinstance(value, str):
         try:
+            value.encode()
             with warnings.catch_warnings(action="error"):
                 re.compile(value)
         except (re.error, RecursionError, OverflowError, Warning) as error:
@@ -148,18 +149,17 @@ class Recipe(_Frozen):
     _sources: dict[str, Source] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are the same edit, wherever the values came from."""
+        # The same edit, wherever the values came from.
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
     def source(self, path: str) -> Source:
-        """Where the value at a dotted path came from, such as ``epochs`` or ``sites.layers``."""
+        """Where the value at a path such as ``sites.layers`` came from."""
         return self._sources.get(path, GIVEN if path.split(".")[0] in self.model_fields_set else DEFAULTS)
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """Every concept and its target, from the list and the files, with the phrases of ``expand``.
 
-        Raises:
-            UsageError: a file that can't be read or has no prompts, or what ``paired`` refuses.
+        Raises ``UsageError`` for a file that can't be read or has no prompts, and as ``paired`` does.
         """
         concepts = list(self.erase)
         for spec in self.erase_files:
@@ -175,8 +175,7 @@ class Recipe(_Frozen):
     def kept(self) -> Iterator[str]:
         """The prompts to hold, from the list and then from the files, which are read as the iteration goes.
 
-        Raises:
-            UsageError: a file that can't be read or has no prompts, or a prompt that is to be erased.
+        Raises ``UsageError`` for a file that can't be read or has no prompts, or a prompt that is to be erased.
         """
         yield from self._kept(self.pairs(), self.keep_files)
 
@@ -252,16 +251,15 @@ def resolve(preset: str | None, recipe: Recipe | None, overrides: Mapping[str, A
     values["parameters"] = validated(own, values["parameters"], place, ("parameters",)).model_dump(by_alias=True)
     resolved = Recipe.model_validate(values)
     resolved._sources.update({path: sources.get(path, DEFAULTS) for path in _paths(values)})
-    pairs = () if resolved.erase_files else resolved.pairs()
-    for _ in resolved._kept(pairs, files=()):
-        pass
+    if not resolved.erase_files:
+        deque(resolved._kept(resolved.pairs(), files=()), maxlen=0)
     return resolved
 
 
 def explain(recipe: Recipe) -> str:
     """The recipe as YAML with every field, and where each value came from as a comment; itself a recipe.
 
-    Relative paths stay as they were written: the text belongs into the folder that they are relative to.
+    Relative paths stay as written: the text belongs into the folder that they are relative to.
     """
     lines = []
     for name, value in recipe.model_dump().items():

@@ -167,7 +167,7 @@ def test_any_number_of_anything(seed: int, concepts: int, prompts: int, centres:
 
 
 def test_many_tokens_leave_no_rounding_errors_beyond_the_null_space() -> None:
-    """With a small ridge: without care kept prompts move by FOLDED, and the rank is that of everything."""
+    """With a small ridge they move kept prompts by 6·10⁻⁶ and give the change all 64 dimensions; left out, by 10⁻¹⁵."""
     generator = torch.Generator().manual_seed(0)
     dim, used = 64, 20
     basis = torch.linalg.qr(normal(generator, dim, used)).Q.T

@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -183,8 +183,8 @@ def check(base: Weights, read: Checkpoint, edited: Weights, transform: Transform
     assert set(found.moved) == set(found.sites) == set(only_sites(edited))
     assert found.shared is not None
     assert found.shared.dtype == torch.float64
-    # Measured: 9e-8, of weights rounded to float32.
-    assert relative(found.shared, transform.matrix()) < 1e-6
+    # Measured: 2.2e-8, and 1.2e-7 of the movement left out, of weights rounded to float32.
+    assert relative(found.shared, transform.matrix()) < 1e-7
     assert found.residual is not None
     assert found.residual < 1e-6
     assert found.rank == 3
@@ -218,7 +218,8 @@ def test_known_names_of_stable_diffusion() -> None:
     assert full == {name: name for name in names}, "the full converter disagrees"
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(places=[682])
 @given(places=st.lists(st.integers(0, 685), min_size=1, max_size=6, unique=True))
 def test_any_part_of_stable_diffusion_is_renamed_as_the_whole(tmp_path: Path, places: list[int]) -> None:
     names = sd1_names()
@@ -292,7 +293,7 @@ def test_one_site_apart_is_enough_to_keep_all_as_differences(base: Weights, edit
     assert looser.deltas == {}
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
 def test_a_half_precision_checkpoint(
     base: Weights, edited: Weights, transform: Transform, dtype: torch.dtype, bound: float
 ) -> None:
@@ -302,6 +303,7 @@ def test_a_half_precision_checkpoint(
         found = compare(known, narrow)
         assert set(found.moved) == set(only_sites(base))
         assert found.shared is not None
+        # Measured: 1.1e-4 and 9e-4.
         assert relative(found.shared, transform.matrix()) < bound
         assert found.rank == 3
     # The other way round: a base that lost precision.
@@ -326,8 +328,8 @@ def test_the_matrix_and_its_rank_in_float64(seed: int, rank: int) -> None:
     matrix = torch.eye(12, dtype=torch.float64) + normal(seed, 12, rank) @ normal(seed + 9, rank, 12)
     found = compare(base, {name: weight @ matrix for name, weight in base.items()})
     assert found.shared is not None
-    # Measured over 500 draws: 2e-14 at worst.
-    assert relative(found.shared, matrix) < 1e-12
+    # Measured over 500 draws: 3.3e-15 at worst.
+    assert relative(found.shared, matrix) < 1e-13
     assert found.rank == rank
 
 
@@ -353,7 +355,7 @@ def test_too_few_rows_prove_nothing() -> None:
 
 
 def test_the_published_float32_code_is_recognised() -> None:
-    """UCE as published: for each layer its own float32 sums and an explicit inverse. One matrix fits it to 10⁻³."""
+    """UCE as published: for each layer its own float32 sums and an explicit inverse. One matrix nearly fits."""
     d, generator = 256, torch.Generator().manual_seed(0)
     mean = torch.randn(d, generator=generator)
     source, target, kept = (0.8 * mean + 0.6 * torch.randn(40, d, generator=generator) for _ in range(3))
@@ -370,7 +372,7 @@ def test_the_published_float32_code_is_recognised() -> None:
     found = compare(base, new)
     assert found.shared is not None
     assert found.residual is not None
-    # Measured: see TOLERANCE for d = 768.
+    # Measured: 3.2e-4 here, and 2.6e-3 at d = 768.
     assert 1e-5 < found.residual < 5e-3
     assert found.rank is not None
     assert found.rank <= 40
@@ -470,7 +472,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(
         read_checkpoint(path)
     assert "\n" not in str(caught.value)
     if name != "protocol4.pth":
-        assert "asks for posix.mkdir" in str(caught.value)
+        assert ".mkdir: opening" in str(caught.value)
     assert not sentinel.exists()
     # The bomb is live.
     if name == "raw.bin":

@@ -148,3 +148,32 @@ def test_refusals() -> None:
         Step.of(torch.ones(D, D + 1))
     with pytest.raises(NumericsError, match="inf or nan"):
         Transform((Step.of(1e6 * torch.eye(D, dtype=torch.float64)),), D).on_weight(torch.ones(2, D).half())
+
+
+def test_steps_that_cancel_stay_exact_in_float32() -> None:
+    """U and V are 10⁵ times as large as their product; multiplied as they are in float32, they'd leave 10⁻³ of it."""
+    generator = torch.Generator().manual_seed(2)
+    mixed = normal(generator, 12, 12)
+    left, right = normal(generator, 60, 12) @ mixed, torch.linalg.solve(mixed, normal(generator, 12, 60))
+    stretch = torch.logspace(-3, 3, 12, dtype=torch.float64)
+    left, right = left * stretch @ mixed, torch.linalg.solve(mixed, right / stretch[:, None])
+    transform = Transform((Step.low_rank(left, right), Step.low_rank(left.flip(1), right.flip(0))), 60).collapse()
+    assert transform.steps[0].change is not None
+    assert transform.steps[0].change[0].shape[1] == 24
+    weight = normal(generator, 40, 60).float()
+    exact = weight.double() @ transform.matrix()
+    plain = weight + (weight @ left.float()) @ right.float()
+    assert relative(plain.double(), weight.double() @ Step.low_rank(left, right).shared) > 1e-5
+    assert relative(transform.on_weight(weight).double(), exact) < 5e-7
+
+
+@pytest.mark.parametrize("ranks", [(3,), (2, 3), (4, 4)])
+def test_the_factors_of_collapsed_steps_are_exact(ranks: tuple[int, ...]) -> None:
+    """By the small decomposition up to rank d / 2, by the whole one beyond."""
+    generator = torch.Generator().manual_seed(3)
+    steps = [Step.low_rank(normal(generator, D, r), normal(generator, r, D)) for r in ranks]
+    transform = Transform(tuple(steps), D).collapse()
+    assert (transform.steps[0].change is not None) is (sum(ranks) <= D // 2)
+    left, right = transform.factors()
+    assert left.shape[1] == sum(ranks)
+    assert relative(left @ right, transform.matrix() - torch.eye(D, dtype=torch.float64)) < 1e-12
