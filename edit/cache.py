@@ -87,7 +87,7 @@ class EmbeddingCache:
         try:
             if hashlib.sha256(content[32:]).digest() != content[:32]:
                 raise ValueError("damaged")
-            arrays = load(content[32:])
+            arrays = {name: np.array(array) for name, array in load(content[32:]).items()}
         except (SafetensorError, ValueError):
             self.delete(key)
             return None

@@ -20,7 +20,7 @@ from excise.edit.model_folder import read_sites
 from excise.edit.problem import Problem, Stage
 from excise.edit.recipe import Recipe
 from excise.edit.site_selection import selection
-from excise.edit.text import Embedding, load_encoder, text_fingerprint
+from excise.edit.text import Embedding, load_encoder, text_fingerprint, text_settings
 from excise.edit.transform import Transform
 from excise.editfile import Array, Edit, fingerprint
 from excise.editmetadata import Certified, EditMetadata, Erased, Kept, StageFigures, Stream
@@ -66,6 +66,7 @@ def erase(
         text_fingerprint(folder, sites.family),
         cache or EmbeddingCache(None),
         lambda tokens, length: Embedding(torch.from_numpy(tokens).double(), length),
+        settings=text_settings(folder, sites.family),
     )
     prompts = EmbeddedPrompts(encoder, pairs, recipe.kept)
     dims = {stream: next(iter(weights.values())).shape[1] for stream, weights in sites.streams.items()}

@@ -10,13 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from excise.edit.component_files import Float32, Tensors
-from excise.edit.component_files import read_json as read_json
-from excise.edit.component_files import weight_files as weight_files
+from excise.edit.component_files import Tensors, read_json, weight_files
 from excise.edit.families import Family, family_of
 from excise.errors import ModelError, NoCrossAttention, UsageError
 
@@ -117,23 +113,3 @@ def _check_headers(component: Path, sites: dict[str, str], stored: Tensors) -> N
             )
         if dtype != headers[first][0]:
             raise ModelError(f"{component}: {name} is {dtype}, {first} is {headers[first][0]}: store all in one dtype")
-
-
-def read_tensors(files: list[Path], pattern: re.Pattern[str] | None = None) -> dict[str, Tensor]:
-    """The tensors whose names match, in the files' dtype.
-
-    Raises:
-        ModelError: a file that is damaged or half-written.
-    """
-    stored = Tensors(files)
-    return {name: stored[name] for name in stored if pattern is None or pattern.search(name)}
-
-
-def cross_attention_weights(folder: Path) -> dict[str, Tensor]:
-    """Every weight (o × d) that reads text, by name, in order of name. Raises what ``read_sites`` does."""
-    return {name: weight for stream in read_sites(folder).streams.values() for name, weight in sorted(stream.items())}
-
-
-def as_float32(weights: dict[str, Tensor]) -> dict[str, npt.NDArray[np.float32]]:
-    """NumPy float32 copies, exact for float16 and bfloat16."""
-    return dict(Float32(weights))

@@ -27,9 +27,6 @@ from excise.errors import UsageError
 #: Bytes of a recipe: some 5000 prompts, which take YAML two seconds; longer lists go into files.
 LIMIT = 2**17
 
-#: What applies without a preset: the released code's settings for an object, which are the recipe's own defaults.
-DEFAULT = "object-easy"
-
 _RECIPES = Path(__file__).resolve().parent / "recipes"
 
 M = TypeVar("M", bound=BaseModel)
@@ -261,33 +258,3 @@ class _Reader:
 
 def _one_line(text: str) -> str:
     return printable(" ".join(text.split()))
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A preset with one target, as the command line reads it; ``keep_scale`` None is max(0.1, 1 / number kept)."""
-
-    erase: tuple[str, ...]
-    to: str
-    keep: tuple[str, ...]
-    epochs: int
-    ridge: float
-    regularization: float
-    keep_scale: float | None
-
-
-def _preset(name: str) -> Preset:
-    data = preset_document(name).data
-    scale = None if data["keep_scale"] == "auto" else data["keep_scale"]
-    erase, keep, to = tuple(data.get("erase", ())), tuple(data["keep"]), data["to"][0]
-    return Preset(erase, to, keep, data["epochs"], data["ridge"], data["regularization"], scale)
-
-
-PRESETS: dict[str, Preset] = {name: _preset(name) for name in preset_names() if name != "weapons"}
-
-
-def preset(name: str) -> Preset:
-    """A preset by name. Raises ``UsageError`` for one that doesn't exist."""
-    if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -119,10 +119,8 @@ def _prompts(path: Path, column: str | None) -> Iterator[str]:
         raise UsageError(f"{shown} can't be read: {error.strerror}") from error
     with file:
         if column is None and path.suffix.lower() == ".csv":
-            columns = ", ".join(next(_rows(file, shown), (0, []))[1])
-            raise UsageError(
-                f"{shown} is a CSV file: name a column as {shown}:COLUMN, one of {printable(columns)[:200]}"
-            )
+            columns = _listed(next(_rows(file, shown), (0, []))[1])
+            raise UsageError(f"{shown} is a CSV file: name a column as {shown}:COLUMN, one of {columns}")
         lines = (text for _, text in _lines(file, shown)) if column is None else _cells(file, shown, column)
         for line in lines:
             if prompt := line.strip():
@@ -195,13 +193,16 @@ def _cells(file: BinaryIO, shown: str, column: str) -> Iterator[str]:
     names = [name.strip() for name in header]
     if names.count(column) != 1:
         problem = "has no column" if column not in names else "has more than one column"
-        listed = printable(", ".join(names))[:200] or "none: the file is empty"
-        raise UsageError(f"{shown} {problem} {printable(column)!r}: its columns are {listed}")
+        raise UsageError(f"{shown} {problem} {printable(column)!r}: its columns are {_listed(names)}")
     index = names.index(column)
     for number, row in rows:
         if index >= len(row):
             raise UsageError(f"{shown}:{number}: {len(row)} cells, the header has {len(names)}: complete the row")
         yield row[index]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return printable(", ".join(name for name in names if name.strip()))[:200].strip() or "none, its first line is empty"
 
 
 def printable(text: object) -> str:

@@ -145,7 +145,6 @@ class Recipe(_Frozen):
     rule: Literal["last-subject", "all"] = Field(default="last-subject", description="last-subject or all")
     sites: Sites = Field(default=Sites(), description="fields projections, layers and conditional_only")
     parameters: dict[str, float] = Field(default={}, description="numbers by name: the method's own figures")
-
     _sources: dict[str, Source] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
@@ -296,6 +295,5 @@ def _lay(level: Recipe, values: dict[str, Any], sources: dict[str, Source]) -> N
                 given[absent], by_path[absent] = (), by_path[present]
     if given.get("method", values["method"]) != values["method"]:
         values["parameters"] = {}
-    for name, value in given.items():
-        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    values |= {name: {**values[name], **v} if isinstance(v, dict) else v for name, v in given.items()}
     sources.update(by_path)

@@ -5,6 +5,7 @@ For each stream of a model family the embeddings equal those that the diffusers 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from excise.edit.component_files import Float32, Tensors, read_json, weight_files
-from excise.edit.families import Family, family_of, present
+from excise.edit.families import Family, present
 from excise.edit.text_model import STEM, TextModel
 from excise.editfile import fingerprint
 from excise.errors import ModelError
@@ -150,22 +151,17 @@ def text_fingerprint(folder: Path, family: Family) -> str:
     return _fingerprint({part: Tensors(weight_files(folder / part, STEM)) for part in parts})
 
 
+def text_settings(folder: Path, family: Family) -> str:
+    """SHA-256 over the tokenizers' files and the pipeline's class: what decides embeddings besides the weights."""
+    index = read_json(folder / "model_index.json")
+    digest = hashlib.sha256(str(index.get("_class_name")).encode())
+    for part in family.parts:
+        tokenizer = folder / part.tokenizer
+        for path in sorted(tokenizer.iterdir()) if tokenizer.is_dir() else ():
+            if path.is_file():
+                digest.update(f"{part.tokenizer}/{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _fingerprint(tensors: Mapping[str, Tensors]) -> str:
     return fingerprint(Float32(next(iter(tensors.values())) if len(tensors) == 1 else Tensors.joined(tensors)))
-
-
-class TextEncoder:
-    """The embeddings of a Stable Diffusion's one stream."""
-
-    def __init__(self, folder: Path) -> None:
-        self._encoder = load_encoder(folder, family_of(folder))
-
-    @property
-    def fingerprint(self) -> str:
-        """As ``Encoder.fingerprint``."""
-        return self._encoder.fingerprint
-
-    def embed(self, prompts: Sequence[str]) -> Iterator[Embedding]:
-        """As ``Encoder.embed``, for the stream "text" alone."""
-        for embedded in self._encoder.embed(prompts):
-            yield embedded["text"][0]

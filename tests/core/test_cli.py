@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from excise import cli
@@ -48,9 +49,23 @@ def test_bad_input_is_one_line(tiny_model: Path, tmp_path: Path, capsys: pytest.
     cases = {
         "is not a folder": ("edit", str(tmp_path / "none" / "x"), *EDIT, "--out", out),
         "unknown preset": ("edit", model, "--preset", "magic", *EDIT, "--out", out),
-        "unknown method": ("edit", model, "--method", "magic", *EDIT, "--out", out),
+        "--method 'magic'": ("edit", model, "--method", "magic", *EDIT, "--out", out),
         "nothing to erase": ("edit", model, "--out", out),
         "is empty": ("edit", model, "--erase", " ", "--out", out),
+        "is its own target": ("edit", model, "--erase", "gun", "--to", "gun", "--out", out),
+        "twice": ("edit", model, "--erase", "gun", "--erase", "gun", "--out", out),
+        "it is to be erased": ("edit", model, "--erase", "gun", "--keep", "gun", "--out", out),
+        "neither a whole number nor auto": ("edit", model, *EDIT, "--epochs", "many", "--out", out),
+        "is not a number": ("edit", model, *EDIT, "--keep-scale", "much", "--out", out),
+        "must be NAME=VALUE": ("edit", model, *EDIT, "--parameter", "rho", "--out", out),
+        "--out is missing": ("edit", model, *EDIT),
+        "must end in .png": ("edit", model, *EDIT, "--curve", str(tmp_path / "c.gif"), "--out", out),
+        "--device nothing": ("edit", model, *EDIT, "--device", "nothing", "--out", out),
+        "doesn't exist: name a file": ("edit", model, "--erase-file", str(tmp_path / "no.txt"), "--out", out),
+        "name a recipe file": ("edit", model, "--recipe", str(tmp_path / "no.yaml"), "--out", out),
+        "--rank is for": ("apply", str(tmp_path / "none"), model, "--rank", "4", "--out", str(tmp_path / "x")),
+        "such a file": ("import", str(tmp_path / "none.pt"), model, "--out", out),
+        "--ridges": ("sweep", model, *EDIT, "--ridges", "a,b", "--out", str(tmp_path / "s")),
         "tokens, this model reads 24": ("edit", model, "--erase", "gun " * 40, "--out", out),
         "must end in .safetensors": ("edit", model, *EDIT, "--out", str(tmp_path / "e.pt")),
         "not a file": ("apply", str(tmp_path / "none"), model, "--out", str(tmp_path / "x")),
@@ -106,3 +121,59 @@ def test_help_needs_no_torch() -> None:
 def test_every_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert f"excise {command}" in capsys.readouterr().out.split("Example")[1]
+
+
+def test_explain_prints_a_recipe_that_does_the_same(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("edit", "anything", "--preset", "nudity", "--ridge", "0.2", "--explain") == 0
+    text = capsys.readouterr().out
+    assert "preset nudity" in text
+    assert "command line" in text
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert run("edit", "anything", "--recipe", str(tmp_path / "recipe.yaml"), "--explain", "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["ridge"], again["epochs"], again["erase"]) == (0.2, 3, ["nudity"])
+
+
+def test_lora_import_stack_and_difference(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, gun, edited = str(tiny_model), str(tmp_path / "gun.safetensors"), str(tmp_path / "edited")
+    assert run("edit", model, *EDIT, "--out", gun) == 0
+    assert run("apply", gun, model, "--out", edited) == 0
+    for kind in ("lora", "kohya"):
+        capsys.readouterr()
+        assert run("apply", gun, model, "--as", kind, "--out", str(tmp_path / f"{kind}.safetensors"), "--json") == 0
+        assert json.loads(capsys.readouterr().out)["relative_error"] < 1e-6
+    unet = f"{edited}/unet/diffusion_pytorch_model.safetensors"
+    assert run("import", unet, model, "--erased", "gun", "--out", str(tmp_path / "i.safetensors"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["source"]["shared"] is True
+    assert run("apply", str(tmp_path / "i.safetensors"), model, "--out", str(tmp_path / "again")) == 0
+    ours, theirs = load_edit(Path(gun)), load_edit(tmp_path / "i.safetensors")
+    np.testing.assert_allclose(theirs.tensors["text.transform"], ours.tensors["text.transform"], atol=1e-3)
+    capsys.readouterr()
+    assert run("inspect", edited, "--base", model, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text_sites_moved"] == 8
+    assert "none of the checkpoint's" in failure(capsys, "inspect", model, "--base", model)
+    knife, both = str(tmp_path / "knife.safetensors"), str(tmp_path / "both.safetensors")
+    assert run("edit", edited, "--erase", "knife", "--to", "cat", "--out", knife) == 0
+    assert run("stack", model, gun, knife, "--out", both) == 0
+    assert "wasn't made for" in failure(capsys, "stack", model, knife, gun, "--out", str(tmp_path / "x.safetensors"))
+    assert "edit 2" not in failure(capsys, "stack", model, knife, gun, "--out", str(tmp_path / "x.safetensors"))
+    assert run("inspect", both) == 0
+
+
+def test_a_curve_and_a_sweep(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curve = tmp_path / "curve.png"
+    options = (*EDIT, "--epochs", "2")
+    out = str(tmp_path / "e.safetensors")
+    assert run("edit", str(tiny_model), *options, "--curve", str(curve), "--out", out) == 0
+    assert curve.read_bytes().startswith(b"\x89PNG")
+    sweep = tmp_path / "sweep"
+    capsys.readouterr()
+    assert run("sweep", str(tiny_model), *options, "--ridges", "1e-3,1", "--out", str(sweep), "--json") == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [point["ridge"] for point in points] == [1e-3, 1.0]
+    assert points[0]["moved"] != points[1]["moved"]
+    assert {path.name for path in sweep.iterdir()} == {
+        "sweep.json", "sweep.png", "ridge-0.001.safetensors", "ridge-1.safetensors"
+    }  # fmt: skip

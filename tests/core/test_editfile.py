@@ -73,11 +73,10 @@ def test_layerwise_matrices_differ_by_site_and_multiply_in_order() -> None:
     edit = layerwise()
     expected = np.eye(D)
     for step in range(2):
-        scaled = sum(
-            s * m
-            for s, m in zip(edit.tensors[f"text.steps.{step}.scalars"][1], edit.tensors[f"text.steps.{step}.scaled"], strict=True)
+        shared, scaled, scalars = (
+            edit.tensors[f"text.steps.{step}.{part}"] for part in ("shared", "scaled", "scalars")
         )
-        expected = expected @ (edit.tensors[f"text.steps.{step}.shared"] - scaled)
+        expected = expected @ (shared - sum(s * m for s, m in zip(scalars[1], scaled, strict=True)))
     np.testing.assert_allclose(edit.matrix("a.to_v.weight"), expected)
     assert not np.allclose(edit.matrix("a.to_k.weight"), expected)
 
@@ -137,3 +136,31 @@ def test_bad_files(tmp_path: Path) -> None:
     save_file(load_file(path), newer, {"excise": '{"format_version": 99}'})
     with pytest.raises(EditError, match="99"):
         load_edit(newer)
+
+
+def test_a_delta_is_added_after_the_transform() -> None:
+    delta = np.full((4, D), 0.5, np.float32)
+    name = "a.to_k.weight"
+    edit = Edit(metadata().model_copy(update={"deltas": (name,)}), {**shared().tensors, f"delta.{name}": delta})
+    plain = shared().apply(weights())
+    moved = edit.apply(weights())
+    np.testing.assert_array_equal(moved[name], plain[name] + delta)
+    np.testing.assert_array_equal(moved["a.to_v.weight"], plain["a.to_v.weight"])
+    with pytest.raises(EditError, match="has no transform"):
+        edit.matrix("other.weight")
+    with pytest.raises(FingerprintMismatch, match="not found"):
+        edit.apply({name: weights()[name]})
+
+
+def test_many_kept_prompts_are_counted_and_not_listed() -> None:
+    few, many = Kept.of(["a", "b"]), Kept.of(str(n) for n in range(1001))
+    assert (few.count, few.prompts) == (2, ("a", "b"))
+    assert (many.count, many.prompts) == (1001, ())
+    assert Kept.of(["ab"]).sha256 != Kept.of(["a", "b"]).sha256
+
+
+def test_an_absurd_header_is_refused_without_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "huge.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(EditError, match="header is too large"):
+        load_edit(path)

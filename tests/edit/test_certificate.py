@@ -244,6 +244,10 @@ def test_three_ways_to_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certificate, "_BLOCK", 3 * len(RADII) * D)
     blocks = certify(gram(weights), transform.matrix(), tokens, radii=RADII)
     torch.testing.assert_close(blocks.errors, shared.errors, rtol=0, atol=1e-14)
+    part, alone = shared.part(slice(3, 7)), certify(gram(weights), transform.matrix(), tokens[3:7], radii=RADII)
+    for ours, theirs in ((part.errors, alone.errors), (part.total, alone.total), (part.sizes, alone.sizes)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(part.adversaries(), shared.adversaries()[3:7], rtol=1e-10, atol=1e-12)
     # Untouched, the expanded square leaves rounding error, and never less than nothing.
     untouched = certify_weights(weights, Transform((zeros,), D), tokens).errors
     assert bool(((untouched >= 0) & (untouched < 1e-14)).all())

@@ -85,7 +85,7 @@ def test_a_cell_may_span_lines_and_blank_ones_are_skipped(prompts: Path) -> None
         ("cat\n".encode("utf-16-le"), "", ":1: holds a zero byte"),
         (b"cat\n" + b"x" * (LIMIT + 1), "", f"prompts\\.txt:2: longer than {LIMIT} characters"),
         (b"id,text\n1,cat\n", ":prompt", "has no column 'prompt': its columns are id, text"),
-        (b"", ":prompt", "the file is empty"),
+        (b"", ":prompt", "its columns are none, its first line is empty"),
         (b"a,a\n1,2\n", ":a", "more than one column 'a'"),
         (b"id,text\n", ":text", "has no prompts"),
         (b"id,text\n1,cat\n2\n", ":text", r":3: 1 cells, the header has 2"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from excise.demo.vocabulary import KEPT, WEAPONS, caption
-from excise.edit.presets import LIMIT, PRESETS, preset, preset_names
+from excise.edit.presets import LIMIT, preset_names
 from excise.edit.recipe import PARAMETERS, EpochScales, Recipe, Sites, explain, load_recipe, resolve
 from excise.errors import UsageError
 
@@ -233,13 +233,6 @@ def test_the_weapons_are_the_demo_models() -> None:
     assert list(weapons.kept()) == ["", *dict.fromkeys(caption(p, object=name) for name in KEPT for p in phrases)]
     assert (weapons.epochs, weapons.ridge, weapons.keep_scale) == (2, 0.1, 0.1)
     assert (weapons.regularization, weapons.anchor) == (0.1, "original")
-
-
-def test_presets_as_the_command_line_reads_them() -> None:
-    assert (preset("nudity").epochs, preset("nudity").ridge, preset("artist").to) == (3, 0.1, "art")
-    assert PRESETS["artist"].keep_scale is None
-    with pytest.raises(UsageError, match="unknown preset 'nothing': choose one of artist"):
-        preset("nothing")
 
 
 # The names are those of the closed forms.

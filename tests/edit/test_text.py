@@ -17,7 +17,7 @@ from torch import Tensor
 
 from excise.edit import text_model
 from excise.edit.families import family_of
-from excise.edit.text import BATCH, Encoder, TextEncoder, load_encoder
+from excise.edit.text import BATCH, Encoder, load_encoder, text_fingerprint, text_settings
 from excise.editfile import fingerprint
 from excise.errors import ModelError, PromptTooLong, UsageError
 from tests.edit import tiny_models as tiny
@@ -178,7 +178,7 @@ def test_a_config_without_the_width(copy_of: Folders) -> None:
 def test_the_fingerprint_is_over_every_encoder(folder_of: Folders, copy_of: Folders) -> None:
     single = folder_of(tiny.stable_diffusion)
     stored = {name: t.numpy() for name, t in load_file(single / "text_encoder" / "model.safetensors").items()}
-    assert encoder_of(single).fingerprint == TextEncoder(single).fingerprint == fingerprint(stored)
+    assert encoder_of(single).fingerprint == text_fingerprint(single, family_of(single)) == fingerprint(stored)
     copy = copy_of(tiny.stable_diffusion_3)
     before = encoder_of(copy).fingerprint
     assert before == encoder_of(folder_of(tiny.stable_diffusion_3)).fingerprint
@@ -191,6 +191,19 @@ def test_the_fingerprint_is_over_every_encoder(folder_of: Folders, copy_of: Fold
         save_file(tensors, file, {"format": "pt"})
         assert encoder_of(copy).fingerprint != before
         file.write_bytes(original)
+
+
+def test_another_tokenizer_is_another_setting(folder_of: Folders, copy_of: Folders) -> None:
+    """Cached embeddings of one aren't the other's, though the text encoder is the same."""
+    copy = copy_of(tiny.stable_diffusion)
+    before = text_settings(copy, family_of(copy))
+    assert before == text_settings(folder_of(tiny.stable_diffusion), family_of(copy))
+    vocabulary = copy / "tokenizer" / "vocab.json"
+    vocabulary.write_text(vocabulary.read_text().replace("gun", "nug"))
+    assert text_settings(copy, family_of(copy)) != before
+    assert text_fingerprint(copy, family_of(copy)) == text_fingerprint(
+        folder_of(tiny.stable_diffusion), family_of(copy)
+    )
 
 
 def test_other_ways_of_storing(folder_of: Folders, copy_of: Folders) -> None:
