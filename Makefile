@@ -39,7 +39,7 @@ types: setup ## mypy --strict on all rooms
 	$(BIN)/mypy $(ROOMS) demo
 
 bench: setup ## the edit against the published per-layer form
-	$(BIN)/python bench/edit.py
+	$(BIN)/python bench/closed_form.py
 
 docs: setup ## rewrite docs/cli.md from --help
 	$(BIN)/python docs/write_cli.py

@@ -13,6 +13,7 @@ from excise.console import force_option, json_option, needs, result, say
 from excise.errors import UsageError
 
 if TYPE_CHECKING:
+    from excise.edit.auto_epochs import Probe
     from excise.edit.recipe import Recipe
     from excise.editfile import Edit
 
@@ -20,11 +21,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def running_options(function: F) -> F:
-    """Where an edit is computed, and what is measured."""
+    """Where an edit is computed, what is measured, and how RECE's epochs are judged."""
+    texts: dict[str, Any] = {"multiple": True, "metavar": "TEXT"}
     options = [
         click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1, …"),
         click.option("--no-certificate", is_flag=True, help="Don't measure how well the concept can be brought back."),
         click.option("--no-cache", is_flag=True, help="Neither read nor write cached embeddings."),
+        click.option("--detector", metavar="clip:DIR", help="Judge RECE's epochs by pictures; clip:demo is bundled."),
+        click.option("--detector-label", "detector_labels", help="What counts; else what is erased.", **texts),
+        click.option(
+            "--detector-other", "detector_others", help="What doesn't; else targets and what is kept.", **texts
+        ),
+        click.option("--detector-images", type=int, default=4, show_default=True, help="Pictures for each concept."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -59,6 +67,7 @@ def edit(
     Examples:
       excise edit demo:model --erase gun --to sunflower --keep cat --keep dog --out gun.safetensors
       excise edit demo:model --preset weapons --epochs auto --curve weapons.png --out weapons.safetensors
+      excise edit demo:model --preset weapons --epochs auto --detector clip:demo --out judged.safetensors
       excise edit CompVis/stable-diffusion-v1-4 --preset nudity --out nudity.safetensors
       excise edit SD_FOLDER --preset artist --erase "Van Gogh" --expand artist --keep-file artists.csv:name \\
           --out van-gogh.safetensors
@@ -69,6 +78,7 @@ def edit(
 
     with needs():
         from excise.edit.recipe import explain as explained
+    judging = {name.removeprefix("detector_"): options.pop(name) for name in [*options] if name.startswith("detector")}
     recipe = resolved(options)
     if explain:
         text = explained(recipe)
@@ -81,7 +91,7 @@ def edit(
     check_free(out)
     if curve is not None:
         _check_picture(curve)
-    made = _solve(model, recipe, device, certificate=not no_certificate, cached=not no_cache)
+    made = _solve(model, recipe, device, certificate=not no_certificate, cached=not no_cache, judging=judging)
     save_edit(out, made)
     lines = [f"{out}", f"  id      {made.id}", f"  {made.summary}", *_stage_lines(made)]
     if curve is not None:
@@ -101,13 +111,32 @@ def _check_picture(path: Path) -> None:
     check_free(path)
 
 
-def _solve(model: str, recipe: Recipe, device: str, *, certificate: bool, cached: bool) -> Edit:
+def _solve(
+    model: str, recipe: Recipe, device: str, *, certificate: bool, cached: bool, judging: dict[str, Any] | None = None
+) -> Edit:
     with needs():
         from excise.edit.cache import EmbeddingCache, default_folder
         from excise.edit.erase import erase
         from excise.edit.model_folder import resolve
     cache = EmbeddingCache(default_folder(say) if cached else None, say=say)
-    return erase(resolve(model), recipe, device=device, certificate=certificate, cache=cache, progress=say)
+    folder = resolve(model)
+    probe = _probe(folder, recipe, device, judging) if judging else None
+    return erase(folder, recipe, device=device, certificate=certificate, cache=cache, probe=probe, progress=say)
+
+
+def _probe(folder: Path, recipe: Recipe, device: str, judging: dict[str, Any]) -> Probe | None:
+    """RECE's epochs judged by pictures, where a detector is given."""
+    if judging["detector"] is None:
+        if judging["labels"] or judging["others"]:
+            raise UsageError("--detector-label and --detector-other need --detector clip:DIR")
+        return None
+    with needs("eval"):
+        from excise.edit.model_folder import read_sites
+        from excise.edit.site_selection import selection
+        from excise.eval.epoch_probe import clip_probe
+        from excise.export.pipeline import load_pipeline
+    sites = read_sites(folder, select=selection(recipe, folder, values_only=False))
+    return clip_probe(recipe, sites, lambda: load_pipeline(folder), device=device, **judging)
 
 
 def _stage_lines(made: Edit) -> list[str]:
@@ -116,7 +145,8 @@ def _stage_lines(made: Edit) -> list[str]:
     for stage in made.metadata.stages:
         margin = "" if stage.margin is None else f"margin {stage.margin:.3f}  "
         left_out = "" if stage.accepted else "  (left out: it doesn't help)"
-        lines.append(f"  {stage.stream} {stage.stage:<9} {margin}kept moved {stage.moved:.2e}{left_out}")
+        shown = "" if stage.detected is None else f"  detected {stage.detected:.0%}"
+        lines.append(f"  {stage.stream} {stage.stage:<9} {margin}kept moved {stage.moved:.2e}{shown}{left_out}")
     return lines
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from excise.edit.problem import Problem, Stage
+from excise.edit.problem import PROBED, Problem, Stage, spread
 from excise.edit.rece import Epoch, Rounds
 from excise.edit.transform import Transform
 from excise.errors import UsageError
@@ -26,8 +26,8 @@ GAIN = 0.005
 #: The most epochs that ``auto`` tries: the paper's longest run.
 MOST = 10
 
-#: From an epoch's derived tokens (n, d) and the edit that they were derived against, the share of pictures generated
-#: from them that show the concept.
+#: From an epoch's derived tokens and the edit that they were derived against, the share of pictures generated from them
+#: that show the concept. The tokens are whole prompts, every position of each, one after the other: (concepts · t, d).
 Probe = Callable[[Tensor, Transform], float]
 
 
@@ -57,7 +57,7 @@ def choose(
         epoch = next(rounds)
         stage = Stage.of(problem, f"epoch {number}", epoch.transform, epoch.residual)
         if probe is not None:
-            stage = replace(stage, detected=probe(_derived(epoch, problem.certified), before.transform))
+            stage = replace(stage, detected=probe(_derived(epoch, problem), before.transform))
         if epochs == "auto" and (_margin(stage) - _margin(before) < GAIN or stage.detected == 0.0):
             stages.append(replace(stage, accepted=False))
             break
@@ -69,8 +69,8 @@ def _margin(stage: Stage) -> float:
     return 0.0 if stage.margin is None else float(stage.margin.total[0])
 
 
-def _derived(epoch: Epoch, tokens: Tensor) -> Tensor:
-    """The epoch's embedding of every token, or of those that are certified where there are many."""
+def _derived(epoch: Epoch, problem: Problem) -> Tensor:
+    """The epoch's embeddings of whole prompts, of at most ``PROBED`` concepts."""
     if epoch.regeneration is None:
-        return torch.cat(epoch.derived)
-    return tokens.to(epoch.regeneration) @ epoch.regeneration
+        return torch.cat([epoch.derived[place] for place in spread(len(epoch.derived), PROBED)])
+    return problem.probed.to(epoch.regeneration) @ epoch.regeneration

@@ -19,6 +19,9 @@ from excise.errors import ModelError
 #: Names that a stored precision goes by in file names; the plain file comes first.
 VARIANTS = (None, "fp16", "bf16")
 
+#: Dtypes of a safetensors header that hold the numbers themselves; any other is a code that a quantiser reads.
+PLAIN = ("F64", "F32", "F16", "BF16")
+
 _SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 
 

@@ -61,9 +61,10 @@ def erase(
     progress("reading the layers that read text")
     sites = read_sites(folder, select=selection(recipe, folder, values_only=method.values_only))
     progress("embedding the prompts")
+    known = text_fingerprint(folder, sites.family)
     encoder = CachedEncoder(
-        lambda: load_encoder(folder, sites.family, device=device),
-        text_fingerprint(folder, sites.family),
+        lambda: load_encoder(folder, sites.family, device=device, known_fingerprint=known),
+        known,
         cache or EmbeddingCache(None),
         lambda tokens, length: Embedding(torch.from_numpy(tokens).double(), length),
         settings=text_settings(folder, sites.family),
@@ -82,7 +83,7 @@ def erase(
             kept=lambda stream=stream: prompts.kept(stream),  # type: ignore[misc]
             kept_gram=grams.get(stream, torch.zeros(dims[stream], dims[stream], dtype=torch.float64)).to(device),
             kept_scale=recipe.keep_weight(number_kept),
-            null=prompts.null(stream).to(device),
+            null=lambda stream=stream: prompts.null(stream).to(device),  # type: ignore[misc]
             certified=tokens.to(device),
         )
         solved[stream] = method.solve(problem, recipe, probe)
@@ -118,9 +119,10 @@ def erase(
 
 def _check_device(device: str) -> None:
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        # MPS has no float64, and "meta" no numbers.
+        float(torch.zeros(1, dtype=torch.float64, device=device))
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise UsageError(
             f"--device {device} can't be used ({reason}): use cpu, or install a torch that has it"
         ) from None

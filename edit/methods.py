@@ -7,7 +7,7 @@ from the right, so that what comes out is a ``Transform``, stage by stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -23,6 +23,7 @@ from excise.edit.speed import speed
 from excise.edit.tokens import RULES, Concept
 from excise.edit.transform import Step, Transform
 from excise.edit.trce1 import trce1
+from excise.errors import UsageError
 
 #: From a stream to its edit, stage by stage; the probe judges RECE's epochs by pictures, where there is one.
 Solve = Callable[[Problem, Recipe, Probe | None], tuple[Stage, ...]]
@@ -46,7 +47,7 @@ class Method:
 def _rece(problem: Problem, recipe: Recipe, probe: Probe | None) -> tuple[Stage, ...]:
     keeping = Fitter(problem.dim, device=problem.weights[0].device).keep_gram(problem.kept_gram)
     if recipe.sites.conditional_only:
-        keeping.hold(problem.null)
+        keeping.hold(problem.null())
     scales = recipe.epoch_scales
     rounds = Rounds(
         problem.weights,
@@ -67,7 +68,12 @@ def _peer(solve: Callable[[list[Concept], Problem, Recipe], Transform]) -> Solve
     """A method of one stage, for concepts that fit in memory."""
 
     def stages(problem: Problem, recipe: Recipe, probe: Probe | None) -> tuple[Stage, ...]:
-        edit = solve(list(problem.concepts()), problem, recipe)
+        device = problem.weights[0].device
+        concepts = (
+            replace(concept, tokens=concept.tokens.to(device), target=concept.target.to(device))
+            for concept in problem.concepts()
+        )
+        edit = solve(list(concepts), problem, recipe)
         if recipe.sites.conditional_only:
             edit = _hold(edit, problem)
         return (Stage.of(problem, recipe.method, edit),)
@@ -76,9 +82,17 @@ def _peer(solve: Callable[[list[Concept], Problem, Recipe], Transform]) -> Solve
 
 
 def _hold(edit: Transform, problem: Problem) -> Transform:
-    """``I + (T − I) N Nᵀ``, with N orthogonal to the tokens of the empty prompt: they don't move."""
-    _, values, right = torch.linalg.svd(problem.null.double(), full_matrices=False)
+    """``I + (T − I) N Nᵀ``, with N orthogonal to the tokens of the empty prompt: they don't move.
+
+    Raises ``UsageError`` where they leave no direction: nothing would be erased.
+    """
+    _, values, right = torch.linalg.svd(problem.null().double(), full_matrices=False)
     held = right[values > 1e-12 * values[0]]
+    if len(held) == problem.dim:
+        raise UsageError(
+            f"the empty prompt's tokens span all {problem.dim} dimensions of the text embeddings: "
+            "leave out --conditional-only"
+        )
     matrix = edit.matrix().to(held)
     change = matrix - torch.eye(problem.dim).to(held)
     return Transform((Step.of(matrix - (change @ held.T) @ held),), problem.dim)
@@ -90,7 +104,7 @@ def _speed(concepts: list[Concept], problem: Problem, recipe: Recipe) -> Transfo
     return speed(
         concepts,
         problem.kept(),
-        null=problem.null,
+        null=problem.null(),
         ridge=figures.rho,
         null_ridge=figures.lambda_,
         threshold=figures.null_threshold,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from excise.edit.component_files import Tensors, read_json, weight_files
+from excise.edit.component_files import PLAIN, Tensors, read_json, weight_files
 from excise.edit.families import Family, family_of
 from excise.errors import ModelError, NoCrossAttention, UsageError
 
@@ -22,9 +22,6 @@ WEIGHTS = "diffusion_pytorch_model"
 _FOLDERS = ("unet", "transformer", "text_encoder*", "tokenizer*", "scheduler", "vae")
 _ENDINGS = ("json", "safetensors", "txt", "model")
 NEEDED = ("model_index.json", *(f"{folder}/*.{ending}" for folder in _FOLDERS for ending in _ENDINGS))
-
-#: Dtypes of a safetensors header that hold the numbers themselves; any other is a code that a quantiser reads.
-_PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def resolve(model: str) -> Path:
@@ -101,7 +98,7 @@ def _check_headers(component: Path, sites: dict[str, str], stored: Tensors) -> N
     first = next(iter(headers))
     widths: dict[str, str] = {}
     for name, (dtype, shape) in headers.items():
-        if dtype not in _PLAIN:
+        if dtype not in PLAIN:
             raise ModelError(f"{component}: {name} is quantised (dtype {dtype}): use the original weights")
         if len(shape) != 2 or 0 in shape:
             raise ModelError(f"{component}: {name} has shape {shape}: only matrices (o, d) can be edited")

@@ -14,6 +14,9 @@ from excise.edit.gram import gram
 from excise.edit.tokens import Concept
 from excise.edit.transform import Transform
 
+#: Pictures are made of at most so many concepts.
+PROBED = 16
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,7 +28,7 @@ class Problem:
         kept: makes an iterator over the token matrices (n, d) of what is kept.
         kept_gram: ``PᵀP`` of all of them with shape (d, d), float64.
         kept_scale: λ₁.
-        null: tokens of the empty prompt with shape (t, d).
+        null: gives the tokens of the empty prompt with shape (t, d).
         certified: tokens (n, d) that margins are measured on; n = 0 leaves them out.
     """
 
@@ -34,7 +37,7 @@ class Problem:
     kept: Callable[[], Iterator[Tensor]]
     kept_gram: Tensor
     kept_scale: float
-    null: Tensor
+    null: Callable[[], Tensor]
     certified: Tensor
 
     @property
@@ -46,6 +49,12 @@ class Problem:
     def gram(self) -> Tensor:
         """``G = Σ W_iᵀ W_i`` with shape (d, d), computed when first needed."""
         return gram(self.weights)
+
+    @cached_property
+    def probed(self) -> Tensor:
+        """Every position of at most ``PROBED`` concepts, evenly spread, with shape (concepts · t, d)."""
+        places = set(spread(sum(1 for _ in self.concepts()), PROBED))
+        return torch.cat([concept.tokens for place, concept in enumerate(self.concepts()) if place in places])
 
     def margin(self, transform: Transform) -> Margin | None:
         """How well any embedding of bounded norm regenerates what is certified after an edit."""
@@ -98,3 +107,9 @@ class Stage:
     def of(cls, problem: Problem, name: str, transform: Transform, residual: float | None = None) -> Stage:
         """Measure an edit."""
         return cls(name, transform, problem.margin(transform), problem.moved(transform), residual)
+
+
+def spread(count: int, most: int) -> tuple[int, ...]:
+    """Places in a list of ``count``: all of them, or ``most`` at even distances."""
+    number = min(count, most)
+    return tuple(place * count // number for place in range(number))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from excise.edit.component_files import Float32, Tensors, read_json, weight_files
+from excise.edit.component_files import PLAIN, Float32, Tensors, read_json, weight_files
 from excise.edit.families import Family, present
 from excise.edit.text_model import STEM, TextModel
 from excise.editfile import fingerprint
@@ -61,15 +61,20 @@ class Encoder:
         limit: the tokens that a prompt may have, special ones included, in the encoder that reads the fewest.
     """
 
-    def __init__(self, models: Mapping[str, TextModel], streams: Mapping[str, tuple[_Segment, ...]]) -> None:
-        self._models, self._streams = models, streams
+    def __init__(
+        self,
+        models: Mapping[str, TextModel],
+        streams: Mapping[str, tuple[_Segment, ...]],
+        known_fingerprint: str | None = None,
+    ) -> None:
+        self._models, self._streams, self._known_fingerprint = models, streams, known_fingerprint
         self.limit = min(model.limit for model in models.values())
         self._batch = BATCH if all(model.part.kind == "clip" for model in models.values()) else LARGE_BATCH
 
     @cached_property
     def fingerprint(self) -> str:
         """As ``text_fingerprint``."""
-        return _fingerprint({part: model.tensors for part, model in self._models.items()})
+        return self._known_fingerprint or _fingerprint({part: model.tensors for part, model in self._models.items()})
 
     def embed(self, prompts: Sequence[str]) -> Iterator[dict[str, tuple[Embedding, ...]]]:
         """For each prompt in order, the segments of every stream by the stream's name; computed in batches.
@@ -97,20 +102,27 @@ class Encoder:
 
 def _embedding(segment: _Segment, tokens: Tensor, lengths: Mapping[str, list[int]], number: int) -> Embedding:
     """One prompt's tokens; a vector is one token, and no encoder an empty prompt."""
+    tokens = tokens.cpu()
     if tokens.ndim == 1:
         return Embedding(tokens[None].double(), 1)
     return Embedding(tokens.double(), max((lengths[part][number] for part, _ in segment.sources), default=1))
 
 
 def load_encoder(
-    folder: Path, family: Family, *, device: str = "cpu", max_sequence_length: int | None = None
+    folder: Path,
+    family: Family,
+    *,
+    device: str = "cpu",
+    max_sequence_length: int | None = None,
+    known_fingerprint: str | None = None,
 ) -> Encoder:
     """The text encoders of a diffusers folder, in float32.
 
     Args:
         folder: a diffusers folder of ``family``.
-        device: where the encoders run; the embeddings lie there.
+        device: where the encoders run; the embeddings lie on the CPU, where they are cached and pile up.
         max_sequence_length: pad to fewer positions than the pipeline does by default, where the encoder allows it.
+        known_fingerprint: what ``text_fingerprint`` gave, which takes half a second on Stable Diffusion's.
 
     Raises:
         ModelError: an encoder or a tokenizer is missing, damaged, quantised or of another class, or a config is.
@@ -135,7 +147,7 @@ def load_encoder(
             _Segment(tuple(source for source in sources if source[0] in models), width, positions.get(sources[0][0], 0))
             for sources in stream.sources
         )
-    return Encoder(models, streams)
+    return Encoder(models, streams, known_fingerprint)
 
 
 def text_fingerprint(folder: Path, family: Family) -> str:
@@ -144,7 +156,7 @@ def text_fingerprint(folder: Path, family: Family) -> str:
     With more than one, each weight's name starts with its encoder's.
 
     Raises:
-        ModelError: an encoder is missing or damaged.
+        ModelError: an encoder is missing, damaged or quantised.
     """
     index = read_json(folder / "model_index.json")
     parts = [part.component for part in family.parts if present(index, part.component) or not part.optional]
@@ -164,4 +176,11 @@ def text_settings(folder: Path, family: Family) -> str:
 
 
 def _fingerprint(tensors: Mapping[str, Tensors]) -> str:
+    """Over numbers: a quantiser's codes, which would be read as if they were the weights, are refused here."""
+    for part, stored in tensors.items():
+        for name in stored:
+            dtype, _ = stored.header(name)
+            # Earlier versions of transformers stored the positions' numbers too.
+            if dtype not in PLAIN and not name.endswith("position_ids"):
+                raise ModelError(f"{part}: {name} is quantised (dtype {dtype}): use the original weights")
     return fingerprint(Float32(next(iter(tensors.values())) if len(tensors) == 1 else Tensors.joined(tensors)))

@@ -5,8 +5,8 @@ eq. 3), solved here as one stacked system for each layer, with nothing shared be
 
     min over W' of  s Σ ‖(W' c + b) − (W c* + b)‖² + λ₁ Σ ‖(W' p + b) − (W p + b)‖² + λ₂ ‖W' − W‖²
 
-RECE's eq. 7 (Gong et al., ECCV 2024, arXiv 2407.12383) likewise: ``‖(W'_i c' + b_i) − (W_i c + b_i)‖²`` of all layers of
-a stream at once, and ``λ ‖c'‖²``.
+RECE's eq. 7 (Gong et al., ECCV 2024, arXiv 2407.12383) likewise: ``‖(W'_i c' + b_i) − (W_i c + b_i)‖²`` of all layers
+of a stream at once, and ``λ ‖c'‖²``.
 """
 
 from __future__ import annotations
@@ -217,8 +217,10 @@ class Layer:
         surplus = (times - 1) * self.bias
         left = [ridge * np.eye(self.weight.shape[1]), keep * kept, *(s * source for source, _ in pairs)]
         aims = [self(kept), *(self(target) for _, target in pairs)]
-        right = [scale * (aim + surplus - self.bias) for scale, aim in zip([keep] + [s] * len(pairs), aims, strict=True)]
-        solution, *_ = np.linalg.lstsq(np.concatenate(left), np.concatenate([ridge * self.weight.T, *right]), rcond=None)
+        factors = [keep] + [s] * len(pairs)
+        right = [factor * (aim + surplus - self.bias) for factor, aim in zip(factors, aims, strict=True)]
+        wanted = np.concatenate([ridge * self.weight.T, *right])
+        solution, *_ = np.linalg.lstsq(np.concatenate(left), wanted, rcond=None)
         return Layer(solution.T, self.bias)
 
 
@@ -255,7 +257,9 @@ def layers_of(pipeline: Any, sites: Sequence[str]) -> dict[str, Layer]:
     }
 
 
-def expected(pipeline: Any, edit: Edit, chosen: Recipe, texts: Mapping[str, list[Text]], times: int = 1) -> dict[str, Layer]:
+def expected(
+    pipeline: Any, edit: Edit, chosen: Recipe, texts: Mapping[str, list[Text]], times: int = 1
+) -> dict[str, Layer]:
     """Every layer that the edit moves, solved by itself; ``texts`` are concepts, targets and kept prompts in a row."""
     solved: dict[str, Layer] = {}
     for stream in edit.metadata.streams:
@@ -302,8 +306,8 @@ def test_a_bias_that_is_counted_twice_would_be_seen(folder_of: Folders, builder:
     edit = erase(folder_of(builder), UCE, certificate=False)
     original = layers_of(pipeline, edit.sites)
     for site, wrong in expected(pipeline, edit, UCE, texts, times=2).items():
-        # Measured: from 6e-3 to 5e-2.
-        assert distance(original[site].weight @ edit.matrix(site), wrong.weight) > 1e-3
+        # Measured: from 6e-4 to 5e-2.
+        assert distance(original[site].weight @ edit.matrix(site), wrong.weight) > 1e-4
 
 
 def one_step(pipeline: Any) -> npt.NDArray[Any]:
@@ -396,6 +400,100 @@ def test_conditional_only_leaves_the_empty_prompts_outputs(
             for stream in edit.metadata.streams
             for site, layer in layers_of(pipeline, stream.sites).items()
         }
+    assert outputs["before"].keys() == set(edit.sites)
     for site, (empty, concept) in outputs["before"].items():
-        held, plain = outputs["held"][site], outputs["plain"][site]
-        print(method, builder.__name__, distance(held[0], empty), distance(held[1], concept), distance(plain[0], empty), distance(plain[1], concept))
+        # Measured: from 5e-8 to 7e-7, the rounding of the edited weights to float32.
+        assert distance(outputs["held"][site][0], empty) < 3e-6
+        assert distance(outputs["plain"][site][0], empty) > 0.1
+        assert distance(outputs["held"][site][1], concept) > 0.1
+
+
+@pytest.mark.parametrize("method", ["rece", "leace"])
+def test_an_empty_prompt_that_spans_everything_leaves_nothing_to_edit(folder_of: Folders, method: str) -> None:
+    """280 tokens in 64 dimensions: an edit that holds them all would be none."""
+    chosen = recipe(method=method, sites={"conditional_only": True})
+    with pytest.raises(UsageError, match="tokens span all 64 dimensions"):
+        erase(folder_of(tiny.stable_diffusion_3), chosen)
+
+
+HALVES = [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]
+
+
+@pytest.mark.parametrize(("dtype", "unit"), HALVES, ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("builder", [tiny.stable_diffusion, tiny.stable_diffusion_xl, tiny.stable_diffusion_3])
+def test_half_precision_is_a_way_of_storing(
+    folder_of: Folders, builder: Builder, dtype: torch.dtype, unit: float, tmp_path: Path
+) -> None:
+    """The edit is solved from the numbers that are stored, and only its result is rounded to their dtype."""
+    exact, half, wide = folder_of(builder), tmp_path / "half", tmp_path / "wide"
+    _stored_as(exact, half, lambda tensor: tensor.to(dtype))
+    _stored_as(half, wide, lambda tensor: tensor.float())
+    edit, same = (erase(folder, UCE, certificate=False) for folder in (half, wide))
+    assert edit.metadata.weights_fingerprint == same.metadata.weights_fingerprint
+    # The same numbers in the same order: equal bit for bit.
+    assert edit.id == same.id
+    for folder, name in ((exact, "exact-edited"), (half, "half-edited"), (wide, "wide-edited")):
+        apply_edit(folder, erase(folder, UCE, certificate=False), tmp_path / name)
+    file = Path(edit.metadata.component) / "diffusion_pytorch_model.safetensors"
+    weights = {name: load_file(tmp_path / f"{name}-edited" / file) for name in ("exact", "half", "wide")}
+    for site in edit.sites:
+        rounded, float32, unrounded = (weights[name][site] for name in ("half", "wide", "exact"))
+        assert rounded.dtype == dtype
+        assert rounded.isfinite().all()
+        assert torch.equal(rounded, float32.to(dtype))
+        # Measured: from 1.6 to 61 units; the edit amplifies the rounding of the text encoder's weights.
+        assert 0 < distance(rounded.double().numpy(), unrounded.double().numpy()) < 200 * unit
+
+
+def _stored_as(folder: Path, out: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    shutil.copytree(folder, out)
+    for file in out.rglob("*.safetensors"):
+        tensors = load_file(file)
+        save_file(
+            {name: change(t) if t.is_floating_point() else t for name, t in tensors.items()}, file, {"format": "pt"}
+        )
+
+
+def _one_half(tensors: dict[str, torch.Tensor], site: str) -> None:
+    tensors[site] = tensors[site].half()
+
+
+def _int8(tensors: dict[str, torch.Tensor], site: str) -> None:
+    tensors[site] = (tensors[site] * 100).to(torch.int8)
+
+
+def _float8(tensors: dict[str, torch.Tensor], site: str) -> None:
+    tensors.update({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items() if t.ndim == 2})
+
+
+@pytest.mark.parametrize("component", ["denoiser", "text encoder"])
+@pytest.mark.parametrize(
+    ("store", "message"), [(_one_half, "store all in one dtype"), (_int8, "is quantised"), (_float8, "is quantised")]
+)
+@pytest.mark.parametrize("builder", [tiny.stable_diffusion, tiny.flux])
+def test_weights_that_are_not_plain_numbers_are_refused_by_the_command_line(
+    folder_of: Folders, tmp_path: Path, capfd: pytest.CaptureFixture[str], builder: Builder, component: str,
+    store: Callable[[dict[str, torch.Tensor], str], None], message: str,
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(folder_of(builder), tmp_path / "model"))
+    edit = erase(folder, UCE, certificate=False)
+    file, site = folder / edit.metadata.component / "diffusion_pytorch_model.safetensors", edit.sites[0]
+    if component == "text encoder":
+        file, site = folder / "text_encoder" / "model.safetensors", "text_model.encoder.layers.0.mlp.fc1.weight"
+    tensors = load_file(file)
+    store(tensors, site)
+    save_file(tensors, file, {"format": "pt"})
+    before = sorted(tmp_path.rglob("*"))
+    options = ["--erase", "gun", "--to", "sunflower", "--no-cache", "--out", str(tmp_path / "edit.safetensors")]
+    status = main(["edit", str(folder), *options])
+    lines = capfd.readouterr().err.splitlines()
+    if component == "text encoder" and store is _one_half:
+        # Some large encoders are stored so; they are read in float32.
+        assert (status, len(list(tmp_path.glob("*.safetensors")))) == (0, 1)
+        return
+    assert status == 2
+    errors = [line for line in lines if not line.startswith("excise: ") or line.startswith("excise: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert site in errors[0] or store is _float8
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,6 +1,6 @@
 """How long an edit takes and how exact it is: excise against the published, layer-by-layer form.
 
-    python bench/edit.py [--json] [--repeat N] [--layers N] [--text-encoder]
+    python bench/closed_form.py [--json] [--repeat N] [--layers N] [--text-encoder]
 
 The shapes are Stable Diffusion 1.4's: K and V of 16 cross-attention layers, 768 wide, 77 tokens. Weights and
 layer-normed embeddings are random, from a seed. UCE and three epochs of RECE erase one concept and keep one prompt.
@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from excise.edit.gram import gram
 from excise.edit.rece import EPOCH_SCALES, rece
 from excise.edit.tokens import Concept, last_subject_pairs
+from excise.edit.transform import Step, Transform
 from excise.edit.uce import Scales
 
 WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320)
@@ -45,31 +46,32 @@ class Problem:
     """Weights and embeddings, all float32."""
 
     weights: list[Tensor]
-    concept: Concept
+    concepts: list[Concept]
     kept: Tensor
 
 
-def problem(layers: int, seed: int) -> Problem:
-    """Random inputs in the shapes of the first ``layers`` cross-attention layers."""
+def problem(widths: Sequence[int], seed: int, *, dim: int = D, concepts: int = 1) -> Problem:
+    """Random inputs in the shapes of cross-attention layers of these ``widths``; the kept prompt is the target too."""
     generator = torch.Generator().manual_seed(seed)
     weights = [
-        torch.randn(width, D, generator=generator) * D**-0.5 for width in WIDTHS[:layers] for _projection in ("k", "v")
+        torch.randn(width, dim, generator=generator) * dim**-0.5 for width in widths for _projection in ("k", "v")
     ]
-    tokens, blank = (
-        torch.nn.functional.layer_norm(torch.randn(TOKENS, D, generator=generator), (D,)) for _prompt in range(2)
+    blank, *tokens = (
+        torch.nn.functional.layer_norm(torch.randn(TOKENS, dim, generator=generator), (dim,))
+        for _prompt in range(concepts + 1)
     )
-    return Problem(weights, Concept(tokens, blank, tokens_length=4, target_length=2), blank)
+    return Problem(weights, [Concept(each, blank, tokens_length=4, target_length=2) for each in tokens], blank)
 
 
-def excise(given: Problem) -> list[Tensor]:
+def excise(given: Problem, epochs: int = EPOCHS) -> list[Tensor]:
     """The edited weights, float32."""
     result = rece(
         given.weights,
-        [given.concept],
+        given.concepts,
         [given.kept],
         uce_scales=UCE_SCALES,
         epoch_scales=EPOCH_SCALES,
-        epochs=EPOCHS,
+        epochs=epochs,
         ridge=RIDGE,
     )
     return [result.transform.on_weight(weight, site) for site, weight in enumerate(given.weights)]
@@ -87,14 +89,15 @@ class Published:
         self.unused, self.encoding = 0.0, 0.0
         self._encode = encode
 
-    def __call__(self, given: Problem) -> list[Tensor]:
+    def __call__(self, given: Problem, epochs: int = EPOCHS) -> list[Tensor]:
         """The edited weights."""
         keep: Pairs = [(given.kept, given.kept)]
-        weights = self._edit(given.weights, [last_subject_pairs(given.concept)], keep, UCE_SCALES, passes=2)
-        for epoch in range(1, EPOCHS + 1):
-            progress(f"published: epoch {epoch} of {EPOCHS}")
-            derived = self._derive(weights, given.weights, given.concept.tokens)
-            weights = self._edit(weights, [(derived, given.concept.target)], keep, EPOCH_SCALES, passes=1)
+        erase = [last_subject_pairs(concept) for concept in given.concepts]
+        weights = self._edit(given.weights, erase, keep, UCE_SCALES, passes=2)
+        for epoch in range(1, epochs + 1):
+            progress(f"published: epoch {epoch} of {epochs}")
+            erase = [(self._derive(weights, given.weights, c.tokens), c.target) for c in given.concepts]
+            weights = self._edit(weights, erase, keep, EPOCH_SCALES, passes=1)
         return weights
 
     def _edit(self, weights: list[Tensor], erased: Pairs, kept: Pairs, scales: Scales, passes: int) -> list[Tensor]:
@@ -136,7 +139,8 @@ class Published:
 def reference(given: Problem) -> list[Tensor]:
     """The edited weights in float64, layer by layer, with solves."""
     original = [weight.double() for weight in given.weights]
-    tokens, target, kept = given.concept.tokens.double(), given.concept.target.double(), given.kept.double()
+    (concept,) = given.concepts
+    tokens, target, kept = concept.tokens.double(), concept.target.double(), given.kept.double()
     identity = torch.eye(D, dtype=torch.float64)
 
     def edit(weights: list[Tensor], source: Tensor, aim: Tensor, scales: Scales) -> list[Tensor]:
@@ -145,7 +149,7 @@ def reference(given: Problem) -> list[Tensor]:
         factor, pivots = torch.linalg.lu_factor(normal)
         return [torch.linalg.lu_solve(factor, pivots, weight @ right, left=False) for weight in weights]
 
-    source, aim = last_subject_pairs(given.concept)
+    source, aim = last_subject_pairs(concept)
     weights = edit(original, source.double(), aim.double(), UCE_SCALES)
     for _epoch in range(EPOCHS):
         normal, right = RIDGE * identity, torch.zeros(D, TOKENS, dtype=torch.float64)
@@ -187,12 +191,13 @@ def progress(message: str) -> None:
 def run(layers: int, repeat: int, seed: int, *, with_text_encoder: bool) -> dict[str, object]:
     """All timings (seconds, medians; the published form runs once) and errors."""
     encode = text_encoder(seed) if with_text_encoder else None
-    given = problem(layers, seed)
+    given = problem(WIDTHS[:layers], seed)
     progress("reference")
     exact = reference(given)
     times: dict[str, list[float]] = {"excise": [], "excise_text_encoder": [], "gram": [], "application": []}
-    # The values don't matter to the time, only that they are no special case.
-    step = rece(given.weights, [given.concept], [given.kept], uce_scales=UCE_SCALES, epochs=0, ridge=RIDGE).transform
+    # A dense T: the values don't matter to the time, only that they are no special case.
+    scales = {"uce_scales": UCE_SCALES, "epochs": 0, "ridge": RIDGE}
+    step = Transform((Step.of(rece(given.weights, given.concepts, [given.kept], **scales).transform.matrix()),), D)
     for number in range(repeat):
         progress(f"excise and products: run {number + 1} of {repeat}")
         times["excise_text_encoder"].append(0.0 if encode is None else seconds(encode))
