@@ -144,7 +144,7 @@ def _stage_lines(made: Edit) -> list[str]:
     lines = []
     for stage in made.metadata.stages:
         margin = "" if stage.margin is None else f"margin {stage.margin:.3f}  "
-        left_out = "" if stage.accepted else "  (left out: it doesn't help)"
+        left_out = "" if stage.accepted else "  (left out: the margin gains too little, or nothing is detected)"
         shown = "" if stage.detected is None else f"  detected {stage.detected:.0%}"
         lines.append(f"  {stage.stream} {stage.stage:<9} {margin}kept moved {stage.moved:.2e}{shown}{left_out}")
     return lines
@@ -176,10 +176,10 @@ def apply(
 
     with needs():
         from excise.edit.model_folder import resolve
+    if kind == "pipeline" and rank is not None:
+        raise UsageError("--rank is for --as lora or --as kohya")
     loaded = load_edit(edit_file)
     if kind == "pipeline":
-        if rank is not None:
-            raise UsageError("--rank is for --as lora or --as kohya")
         from excise.edit.apply import apply_edit
 
         apply_edit(resolve(model), loaded, out, force=force, link=not copy, progress=say)

@@ -24,7 +24,7 @@ NOISE = 0.1  #: standard deviation, in units of the scaled latents
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("demo/work"))
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

@@ -91,7 +91,7 @@ def encode_captions(work: Path) -> tuple[torch.Tensor, dict[str, int]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("demo/work"))
-    parser.add_argument("--steps", type=int, default=4150)
+    parser.add_argument("--steps", type=int, default=12750)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

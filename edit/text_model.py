@@ -15,6 +15,7 @@ from torch import Tensor
 
 from excise.edit.component_files import Tensors, read_json, stored_variant, weight_files
 from excise.edit.families import TextPart
+from excise.edit.prompts import short
 from excise.errors import ModelError, PromptTooLong, UsageError
 
 STEM = "model"
@@ -116,7 +117,7 @@ class TextModel:
         lengths = [len(ids) for ids in self._tokenizer(texts, verbose=False).input_ids]
         for prompt, length in zip(prompts, lengths, strict=True):
             if length > self.limit:
-                raise PromptTooLong(f"{prompt!r} has {length} tokens, this model reads {self.limit}: shorten it")
+                raise PromptTooLong(f"{short(prompt)} has {length} tokens, this model reads {self.limit}: shorten it")
         tokens = self._tokenizer(texts, padding="max_length", max_length=self.limit, return_tensors="pt")
         names = set(outputs)
         with torch.no_grad():
