@@ -1,4 +1,4 @@
-"""Whatever a recipe says: a finite edit that is saved, read and applied, or an error on one line that says what to do."""
+"""Whatever a recipe says: a finite edit that is saved, read and applied, or an error of one line and a remedy."""
 
 from __future__ import annotations
 
