@@ -1,4 +1,4 @@
-"""Whatever a recipe says: a finite edit that is saved, read and applied, or an error of one line and a remedy."""
+"""Whatever a recipe says: a finite edit that is saved, read and applied, or an error on one line with a remedy."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def poisoned(model: Path, folder: Path, file: Path, choose: Callable[[str], bool
     return folder
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize(
     ("file", "weight"),
     [

@@ -183,7 +183,7 @@ def test_the_stand_in_sees_what_cuda_would_refuse() -> None:
     ("builder", "chosen"),
     [
         *((tiny.stable_diffusion, chosen) for chosen in [*RECIPES, *HELD]),
-        *((tiny.stable_diffusion_3, chosen) for chosen in RECIPES),
+        *((tiny.stable_diffusion_3, chosen) for chosen in RECIPES[1:7:2]),
         (tiny.stable_diffusion_xl, RECIPES[1]),
         (tiny.flux, RECIPES[1]),
         (tiny.pixart, RECIPES[1]),
