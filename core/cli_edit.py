@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+device_option = click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1, …"
+)
+cache_option = click.option("--no-cache", is_flag=True, help="Neither read nor write cached embeddings.")
+
+
 def running_options(function: F) -> F:
     """Where an edit is computed, what is measured, and how RECE's epochs are judged."""
     texts: dict[str, Any] = {"multiple": True, "metavar": "TEXT"}
     options = [
-        click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1, …"),
+        device_option,
         click.option("--no-certificate", is_flag=True, help="Don't measure how well the concept can be brought back."),
-        click.option("--no-cache", is_flag=True, help="Neither read nor write cached embeddings."),
+        cache_option,
         click.option("--detector", metavar="clip:DIR", help="Judge RECE's epochs by pictures; clip:demo is bundled."),
         click.option("--detector-label", "detector_labels", help="What counts; else what is erased.", **texts),
         click.option(
@@ -257,8 +263,8 @@ def import_checkpoint(checkpoint: Path, model: str, erased: tuple[str, ...], out
 @click.option(
     "--ridges", default="1e-4,1e-3,1e-2,1e-1,1", show_default=True, metavar="λ,λ,…", help="Values of --ridge to try."
 )
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1, …")
-@click.option("--no-cache", is_flag=True, help="Neither read nor write cached embeddings.")
+@device_option
+@cache_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @json_option
 def sweep(model: str, ridges: str, device: str, no_cache: bool, out: Path, as_json: bool, **options: Any) -> None:

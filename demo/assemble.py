@@ -20,6 +20,7 @@ from excise.demo.measure import GUIDANCE, STEPS, Figures, measure
 from excise.demo.train_unet import scheduler
 from excise.demo.vocabulary import ARTISTS, BACKGROUNDS, KEPT, WEAPONS
 from excise.eval.torch_runtime import TorchRuntime
+from excise.export.local_paths import remove_local_paths
 from excise.output import new_folder
 
 CARD = """---
@@ -112,6 +113,7 @@ def main() -> int:
         pipeline.save_pretrained(out / "model")
         clip.save_pretrained(out / "clip")
         pipeline.tokenizer.save_pretrained(out / "clip")
+        remove_local_paths(out)
         stored = StableDiffusionPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
         figures = measure(
             TorchRuntime(stored, name="demo"),

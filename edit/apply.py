@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from excise.edit.component_files import Float32, Tensors, read_json, weight_files
+from excise.edit.component_files import Float32, read_json, weight_files
 from excise.edit.families import family_of
-from excise.edit.model_folder import WEIGHTS
+from excise.edit.model_folder import WEIGHTS, denoiser_weights
 from excise.editfile import Array, Edit
 from excise.errors import FingerprintMismatch, ModelError
 from excise.output import check_free, new_folder
@@ -56,9 +56,9 @@ def edited_weights(folder: Path, edit: Edit, *, force: bool = False) -> dict[str
         raise FingerprintMismatch(
             f"the edit is for a {edit.metadata.family} {edit.metadata.component}, {folder} is a {family.name}"
         )
-    stored = Tensors(weight_files(folder / family.component, WEIGHTS))
+    stored = denoiser_weights(folder)
     try:
-        edited = edit.apply(stored_arrays(folder, edit.sites), force=force)
+        edited = edit.apply(_arrays(stored, edit.sites), force=force)
     except FingerprintMismatch as mismatch:
         raise _explain_order(carried(folder), edit, mismatch) from mismatch
     return {name: torch.from_numpy(array).to(stored[name].dtype) for name, array in edited.items()}
@@ -66,7 +66,10 @@ def edited_weights(folder: Path, edit: Edit, *, force: bool = False) -> dict[str
 
 def stored_arrays(folder: Path, sites: Iterable[str]) -> dict[str, Array]:
     """Weights of a model folder by name, without those that it lacks; bfloat16, which NumPy lacks, as float32."""
-    stored = Tensors(weight_files(folder / family_of(folder).component, WEIGHTS))
+    return _arrays(denoiser_weights(folder), sites)
+
+
+def _arrays(stored: Mapping[str, torch.Tensor], sites: Iterable[str]) -> dict[str, Array]:
     weights = {site: stored[site] for site in sites if site in stored}
     wide = Float32(weights)
     return {n: wide[n] if weight.dtype == torch.bfloat16 else weight.numpy() for n, weight in weights.items()}

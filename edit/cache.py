@@ -201,7 +201,7 @@ class CachedEncoder(Generic[S]):
             ModelError: the encoder's fingerprint isn't the one that was given.
             PromptTooLong: as the encoder does.
         """
-        for batch in _batched(prompts, _BATCH):
+        for batch in batched(prompts, _BATCH):
             found = {prompt: self._cache.get(self._key("embedding 1", prompt)) for prompt in dict.fromkeys(batch)}
             missing = [prompt for prompt, arrays in found.items() if arrays is None]
             if missing:
@@ -246,7 +246,7 @@ class CachedEncoder(Generic[S]):
     def _chunks(self, prompts: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Some prompts at a time, and the key of the sum up to there."""
         key = ""
-        for chunk in _batched(prompts, CHUNK):
+        for chunk in batched(prompts, CHUNK):
             key = self._key("gram 1", key, *chunk)
             yield key, chunk
 
@@ -281,7 +281,7 @@ def _arrays(streams: Mapping[str, tuple[Any, ...]]) -> dict[str, Array]:
 def _gram(embeddings: Iterable[Mapping[str, tuple[Any, ...]]]) -> dict[str, Float64]:
     """``PᵀP`` of each stream; P is the float32 tokens."""
     sums: dict[str, Float64] = {}
-    for batch in _batched(embeddings, _PRODUCT):
+    for batch in batched(embeddings, _PRODUCT):
         rows: dict[str, list[Array]] = {}
         for streams in batch:
             for name, segments in streams.items():
@@ -292,7 +292,7 @@ def _gram(embeddings: Iterable[Mapping[str, tuple[Any, ...]]]) -> dict[str, Floa
     return sums
 
 
-def _batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
+def batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
     """As ``itertools.batched``, which Python 3.11 lacks."""
     remaining = iter(items)
     while batch := tuple(islice(remaining, size)):

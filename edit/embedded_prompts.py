@@ -6,15 +6,14 @@ reads the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from excise.edit.cache import CachedEncoder
+from excise.edit.cache import CachedEncoder, batched
 from excise.edit.text import Embedding
 from excise.edit.tokens import Concept
 
@@ -24,7 +23,6 @@ CHUNK = 256
 #: Of up to so many concepts every token is certified; of more, each one's last subject token, up to ``SUBJECTS``.
 WHOLE, SUBJECTS = 16, 1000
 
-T = TypeVar("T")
 Embedded = Mapping[str, tuple[Embedding, ...]]
 
 
@@ -57,7 +55,7 @@ class EmbeddedPrompts:
 
     def kept(self, stream: str) -> Iterator[Tensor]:
         """Tokens (n, d) of each kept prompt."""
-        for chunk in _chunks(self._kept(), CHUNK):
+        for chunk in batched(self._kept(), CHUNK):
             for embedded in self._embed(chunk):
                 yield _tokens(embedded, stream)
 
@@ -88,7 +86,7 @@ class EmbeddedPrompts:
 
     def _embedded_pairs(self) -> Iterator[tuple[Embedded, Embedded]]:
         with tqdm(desc="concepts", total=len(self._pairs), unit="", delay=2) as bar:
-            for chunk in _chunks(self._pairs, CHUNK // 2):
+            for chunk in batched(self._pairs, CHUNK // 2):
                 prompts = list(dict.fromkeys(prompt or " " for pair in chunk for prompt in pair))
                 embedded = dict(zip(prompts, self._embed(prompts), strict=True))
                 for concept, target in chunk:
@@ -112,10 +110,3 @@ def _concepts_of(concept: Embedded, target: Embedded, stream: str) -> Iterator[C
 
 def _tokens(embedded: Embedded, stream: str) -> Tensor:
     return torch.cat([segment.tokens for segment in embedded[stream]])
-
-
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """``size`` items at a time; the last list may be shorter."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

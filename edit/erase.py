@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 import excise
 from excise.edit.apply import carried
@@ -20,9 +18,9 @@ from excise.edit.model_folder import read_sites
 from excise.edit.problem import Problem, Stage
 from excise.edit.recipe import Recipe
 from excise.edit.site_selection import selection
+from excise.edit.stream_arrays import stream_arrays
 from excise.edit.text import Embedding, load_encoder, text_fingerprint, text_settings
-from excise.edit.transform import Transform
-from excise.editfile import Array, Edit, fingerprint
+from excise.editfile import Edit, fingerprint
 from excise.editmetadata import Certified, EditMetadata, Erased, Kept, StageFigures, Stream
 from excise.errors import UsageError
 
@@ -113,7 +111,7 @@ def erase(
     )
     tensors = {}
     for stream, stage in results.items():
-        tensors.update(_tensors(stage.transform, stream))
+        tensors.update(stream_arrays(stage.transform, stream))
     return Edit(metadata, tensors)
 
 
@@ -166,18 +164,3 @@ def _certificate(stream: str, stages: tuple[Stage, ...], named: tuple[tuple[str,
                 )
             )
     return entries
-
-
-def _tensors(transform: Transform, stream: str) -> dict[str, Array]:
-    """The arrays of the edit file."""
-    tensors: dict[str, Tensor]
-    if transform.is_shared:
-        left, right = transform.factors()
-        tensors = {"transform": transform.matrix(0), "left": left, "right": right}
-    else:
-        tensors = {
-            f"steps.{number}.{name}": getattr(step, name)
-            for number, step in enumerate(transform.steps)
-            for name in ("shared", "scaled", "scalars")
-        }
-    return {f"{stream}.{name}": np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in tensors.items()}

@@ -122,11 +122,7 @@ class Fitter:
         With ``N`` an orthonormal basis of what is orthogonal to them, ``S⁻¹`` becomes ``N (Nᵀ S N)⁻¹ Nᵀ``. It replaces
         what was held before. Raises as ``erase`` does, and ``UsageError`` where no direction is left.
         """
-        _, values, right = torch.linalg.svd(self._rows(tokens), full_matrices=True)
-        rank = int((values > 1e-12 * values[0]).sum())
-        if rank == self.dim:
-            raise UsageError(f"the held tokens span all {rank} dimensions of the text embeddings: hold fewer")
-        self._free = right[rank:].T.contiguous()
+        self._free = orthogonal_to(self._rows(tokens))
         return self
 
     def keep(self, tokens: Tensor) -> Fitter:
@@ -199,3 +195,20 @@ class Fitter:
             erased, cross = torch.addmm(erased, source.T, source), torch.addmm(cross, change.T, source)
         self._folded = erased, cross
         self._pairs.clear()
+
+
+def orthogonal_to(tokens: Tensor) -> Tensor:
+    """``N`` with shape (d, k): an orthonormal basis of what is orthogonal to the rows of ``tokens`` (n, d).
+
+    Raises:
+        UsageError: nothing is.
+    """
+    _, values, right = torch.linalg.svd(tokens, full_matrices=True)
+    rank = int((values > 1e-12 * values[0]).sum())
+    if rank == len(right):
+        raise UsageError(
+            f"the held tokens span all {rank} dimensions of the text embeddings: hold fewer, or leave out "
+            "--conditional-only"
+        )
+    free: Tensor = right[rank:].T.contiguous()
+    return free

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 import excise
 from excise.edit.apply import carried
-from excise.edit.component_files import Float32, Tensors, read_json, weight_files
-from excise.edit.families import family_of
-from excise.edit.model_folder import WEIGHTS
+from excise.edit.component_files import Float32, Tensors, read_json
+from excise.edit.families import Family, family_of
+from excise.edit.model_folder import denoiser_weights
+from excise.edit.stream_arrays import stream_arrays
 from excise.edit.third_party import Moved, compare, read_checkpoint
 from excise.edit.transform import Step, Transform
 from excise.editfile import Array, Edit, fingerprint
@@ -38,16 +38,13 @@ def imported(checkpoint: Path, folder: Path, *, erased: tuple[str, ...] = ()) ->
         ModelError: the base is missing, incomplete or of an unknown family.
     """
     family = family_of(folder)
-    base = Tensors(weight_files(folder / family.component, WEIGHTS))
-    name, moved = _compared(checkpoint, folder)
+    base = denoiser_weights(folder)
+    name, moved = _compared(checkpoint, folder, family, base)
     tensors: dict[str, Array] = {f"delta.{name}": delta.numpy() for name, delta in moved.deltas.items()}
     streams: tuple[Stream, ...] = ()
     if moved.shared is not None:
-        left, right = Transform((Step.of(moved.shared),), len(moved.shared)).factors(tolerance=1e-9)
-        tensors |= {
-            f"{name}.{part}": np.ascontiguousarray(tensor.numpy())
-            for part, tensor in (("transform", moved.shared), ("left", left), ("right", right))
-        }
+        shared = Transform((Step.of(moved.shared),), len(moved.shared))
+        tensors |= stream_arrays(shared, name, tolerance=1e-9)
         streams = (Stream(name=name, dim=len(moved.shared), sites=moved.sites),)
     source: dict[str, Any] = {"file": checkpoint.name, "sha256": _sha256(checkpoint), **moved.document}
     metadata = EditMetadata(
@@ -76,15 +73,12 @@ def difference(path: Path, folder: Path) -> Moved:
         EditError: ``path`` can't be read, is another model, or doesn't differ.
         ModelError: a folder is missing, incomplete or of an unknown family.
     """
-    return _compared(path, folder)[1]
+    return _compared(path, folder, family_of(folder), denoiser_weights(folder))[1]
 
 
-def _compared(path: Path, folder: Path) -> tuple[str, Moved]:
-    """The stream whose layers may share a matrix, and the comparison."""
-    family = family_of(folder)
-    component = folder / family.component
-    config = read_json(component / "config.json")
-    base = Tensors(weight_files(component, WEIGHTS))
+def _compared(path: Path, folder: Path, family: Family, base: Tensors) -> tuple[str, Moved]:
+    """The stream whose layers may share a matrix, and the comparison with the model in ``folder``."""
+    config = read_json(folder / family.component / "config.json")
     stream_of = {name: family.stream_of(name, config) for name in base}
     names = sorted({stream for stream in stream_of.values() if stream})
     # Layers of several streams have no one matrix between them: their differences are kept.
@@ -93,7 +87,7 @@ def _compared(path: Path, folder: Path) -> tuple[str, Moved]:
         other = family_of(path)
         if other.name != family.name:
             raise EditError(f"{path} is a {other.name}, {folder} a {family.name}: compare with its own base")
-        new: Mapping[str, Tensor] = Tensors(weight_files(path / other.component, WEIGHTS))
+        new: Mapping[str, Tensor] = denoiser_weights(path)
     else:
         new = read_checkpoint(path, config)
     return names[0] if names else "text", compare(base, new, sites=sites)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from excise.edit.apply import stored_arrays
 from excise.edit.lora import Lora, diffusers_state, kohya_metadata, kohya_state, lora, save_lora
+from excise.edit.transform import Step, Transform
 from excise.editfile import Edit
 from excise.errors import EditError
 
@@ -61,7 +62,4 @@ def _factors(edit: Edit, site: str, stream: str) -> tuple[Tensor, Tensor]:
     if f"{stream}.left" in edit.tensors:
         return torch.from_numpy(edit.tensors[f"{stream}.left"]), torch.from_numpy(edit.tensors[f"{stream}.right"])
     matrix = torch.from_numpy(edit.matrix(site))
-    left, values, right = torch.linalg.svd(matrix - torch.eye(len(matrix), dtype=matrix.dtype))
-    rank = int((values > 1e-13 * values[0]).sum())
-    root = values[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+    return Transform((Step.of(matrix),), len(matrix)).factors()

@@ -14,7 +14,7 @@ import torch
 
 from excise.edit.auto_epochs import Probe, choose
 from excise.edit.dp import dp
-from excise.edit.fitter import Fitter, Scales
+from excise.edit.fitter import Fitter, Scales, orthogonal_to
 from excise.edit.leace import leace
 from excise.edit.problem import Problem, Stage
 from excise.edit.rece import Rounds
@@ -23,7 +23,6 @@ from excise.edit.speed import speed
 from excise.edit.tokens import RULES, Concept
 from excise.edit.transform import Step, Transform
 from excise.edit.trce1 import trce1
-from excise.errors import UsageError
 
 #: From a stream to its edit, stage by stage; the probe judges RECE's epochs by pictures, where there is one.
 Solve = Callable[[Problem, Recipe, Probe | None], tuple[Stage, ...]]
@@ -86,16 +85,10 @@ def _hold(edit: Transform, problem: Problem) -> Transform:
 
     Raises ``UsageError`` where they leave no direction: nothing would be erased.
     """
-    _, values, right = torch.linalg.svd(problem.null().double(), full_matrices=False)
-    held = right[values > 1e-12 * values[0]]
-    if len(held) == problem.dim:
-        raise UsageError(
-            f"the empty prompt's tokens span all {problem.dim} dimensions of the text embeddings: "
-            "leave out --conditional-only"
-        )
-    matrix = edit.matrix().to(held)
-    change = matrix - torch.eye(problem.dim).to(held)
-    return Transform((Step.of(matrix - (change @ held.T) @ held),), problem.dim)
+    free = orthogonal_to(problem.null().double())
+    matrix = edit.matrix().to(free)
+    identity = torch.eye(problem.dim).to(free)
+    return Transform((Step.of(identity + (matrix - identity) @ free @ free.T),), problem.dim)
 
 
 def _speed(concepts: list[Concept], problem: Problem, recipe: Recipe) -> Transform:

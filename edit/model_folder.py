@@ -48,6 +48,15 @@ def resolve(model: str) -> Path:
         raise ModelError(f"{model} is not a folder and can't be had from the hub: {reason}") from error
 
 
+def denoiser_weights(folder: Path) -> Tensors:
+    """All weights of the denoiser in a diffusers folder, each read when it is asked for.
+
+    Raises:
+        ModelError: an unknown, incomplete or damaged model.
+    """
+    return Tensors(weight_files(folder / family_of(folder).component, WEIGHTS))
+
+
 @dataclass(frozen=True)
 class Sites:
     """The weights of a model that read text.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from excise.edit.certificate import Margin, certify, certify_weights
 from excise.edit.gram import gram
+from excise.edit.regenerate import ratio
 from excise.edit.tokens import Concept
 from excise.edit.transform import Transform
 
@@ -77,8 +78,7 @@ class Problem:
                 change = transform.on_weight(original, site) - original
                 above = above + (change @ self.kept_gram * change).sum()
                 below = below + (original @ self.kept_gram * original).sum()
-        # Nothing kept, or prompts that every weight maps to 0.
-        return float(above / below) if float(below) > 0 else 0.0
+        return ratio(above, below)
 
 
 @dataclass(frozen=True)

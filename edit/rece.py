@@ -19,7 +19,7 @@ from excise.edit.gram import gram as gram_of
 from excise.edit.regenerate import Equation, check_ridge, regenerate_by_site
 from excise.edit.tokens import Concept, Rule, all_pairs, last_subject_pairs, of_width, rows, width
 from excise.edit.transform import Transform
-from excise.edit.uce import Technique, check_technique, projections
+from excise.edit.uce import Technique, check_technique, erase_tokens
 from excise.errors import UsageError
 
 __all__ = ["EPOCH_SCALES", "Anchor", "Epoch", "Rece", "Rounds", "rece"]
@@ -206,8 +206,7 @@ class Rounds(Iterator[Epoch]):
         return Epoch(derived, None if self._moments is None else regenerated, self._transform, error)
 
     def _erase(self, tokens: Tensor, targets: Tensor, transform: Transform) -> None:
-        tensor = self._technique == "tensor"
-        self._fitter.erase(tokens, targets, projections(self._weights, transform, tokens, targets) if tensor else None)
+        erase_tokens(self._fitter, self._weights, transform, tokens, targets, self._technique)
 
     def _fold(self) -> None:
         """From here on ``CᵀC`` and ``C*ᵀC`` stand for the concepts so far."""

@@ -57,7 +57,7 @@ def residual(gram: Tensor, transform: Tensor, derived: Tensor, tokens: Tensor) -
     """
     original = rows(tokens, len(gram)).to(gram.device)
     error = rows(derived, len(gram)).to(gram.device) @ transform.T - original
-    return _ratio(((error @ gram) * error).sum(), ((original @ gram) * original).sum())
+    return ratio(((error @ gram) * error).sum(), ((original @ gram) * original).sum())
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Equation:
         if moments is None:
             return derived, residual(self.gram, transform, derived, tokens)
         error = derived @ transform.T - tokens
-        return derived, _ratio((error @ self.gram @ error.T * moments).sum(), (self.gram * moments).sum())
+        return derived, ratio((error @ self.gram @ error.T * moments).sum(), (self.gram * moments).sum())
 
 
 def regenerate_by_site(
@@ -112,7 +112,7 @@ def regenerate_by_site(
         original = weight.detach().to(torch.float64)
         error += ((transform.on_tokens(derived, site) - tokens) @ original.T).square().sum()
         size += (tokens @ original.T).square().sum()
-    return derived, _ratio(error, size)
+    return derived, ratio(error, size)
 
 
 def _solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
@@ -122,8 +122,8 @@ def _solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     return solve(regular, right, ridge=ridge, name="the ridge of eq. 8").T
 
 
-def _ratio(error: Tensor, size: Tensor) -> float:
-    # A concept that every weight maps to 0 regenerates itself.
+def ratio(error: Tensor, size: Tensor) -> float:
+    """``error / size``; 0 for tokens that every weight maps to 0, or where there are none."""
     return float(error / size) if float(size) > 0 else 0.0
 
 

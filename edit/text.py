@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from excise.edit.component_files import PLAIN, Float32, Tensors, read_json, weight_files
-from excise.edit.families import Family, present
+from excise.edit.families import Family, TextPart, present
 from excise.edit.text_model import STEM, TextModel
 from excise.editfile import fingerprint
 from excise.errors import ModelError
@@ -128,12 +128,10 @@ def load_encoder(
         ModelError: an encoder or a tokenizer is missing, damaged, quantised or of another class, or a config is.
         UsageError: ``max_sequence_length`` isn't from 1 to the pipeline's.
     """
-    index = read_json(folder / "model_index.json")
     config = read_json(folder / family.component / "config.json")
     models = {
         part.component: TextModel(folder, part, max_sequence_length=max_sequence_length, device=device)
-        for part in family.parts
-        if present(index, part.component) or not part.optional
+        for part in _parts(folder, family)
     }
     positions = {
         part.component: min(max_sequence_length or part.limit, part.limit) for part in family.parts if part.limit
@@ -150,6 +148,12 @@ def load_encoder(
     return Encoder(models, streams, known_fingerprint)
 
 
+def _parts(folder: Path, family: Family) -> list[TextPart]:
+    """The text encoders that a pipeline of the family has."""
+    index = read_json(folder / "model_index.json")
+    return [part for part in family.parts if present(index, part.component) or not part.optional]
+
+
 def text_fingerprint(folder: Path, family: Family) -> str:
     """SHA-256 over the weights of all encoders that the streams read, without building one.
 
@@ -158,9 +162,8 @@ def text_fingerprint(folder: Path, family: Family) -> str:
     Raises:
         ModelError: an encoder is missing, damaged or quantised.
     """
-    index = read_json(folder / "model_index.json")
-    parts = [part.component for part in family.parts if present(index, part.component) or not part.optional]
-    return _fingerprint({part: Tensors(weight_files(folder / part, STEM)) for part in parts})
+    parts = [folder / part.component for part in _parts(folder, family)]
+    return _fingerprint({part.name: Tensors(weight_files(part, STEM)) for part in parts})
 
 
 def text_settings(folder: Path, family: Family) -> str:

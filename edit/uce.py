@@ -18,7 +18,7 @@ from excise.edit.tokens import Concept, Rule, last_subject_pairs, of_width, rows
 from excise.edit.transform import Transform
 from excise.errors import UsageError
 
-__all__ = ["Scales", "Technique", "check_technique", "projections", "uce"]
+__all__ = ["Scales", "Technique", "check_technique", "erase_tokens", "projections", "uce"]
 
 Technique = Literal["replace", "tensor"]
 
@@ -51,10 +51,21 @@ def uce(
     fitter = Fitter(dim, device=weights[0].device).keep_all(kept)
     unedited = Transform((), dim)
     for concept in of_width(concepts, dim):
-        tokens, targets = rule(concept)
-        alphas = projections(weights, unedited, tokens, targets) if technique == "tensor" else None
-        fitter.erase(tokens, targets, alphas)
+        erase_tokens(fitter, weights, unedited, *rule(concept), technique)
     return unedited.then(fitter.fit(scales))
+
+
+def erase_tokens(
+    fitter: Fitter,
+    weights: Sequence[Tensor],
+    transform: Transform,
+    tokens: Tensor,
+    targets: Tensor,
+    technique: Technique,
+) -> None:
+    """Add a concept's ``tokens`` (m, d) and their ``targets`` to a fit on top of the edit so far."""
+    tensor = technique == "tensor"
+    fitter.erase(tokens, targets, projections(weights, transform, tokens, targets) if tensor else None)
 
 
 def check_technique(technique: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from excise.errors import ArtefactError, ExciseError, MissingExtra, ModelError, NoCrossAttention
+from excise.export.local_paths import remove_local_paths
 from excise.export.onnx_graph import write_edit_id
 from excise.export.parity import make_inputs, onnx_outputs, parity, text_states, torch_outputs
 from excise.export.pipeline import WeightEdit, apply_edit, cross_attention, first_line, load_pipeline, read_weights
@@ -91,7 +91,7 @@ def export_pipeline(
         entries = _finish_unet(folder, weights, edit)
         if not write_fast_tokenizer(folder / "tokenizer", pipe.tokenizer):
             say("tokenizer.json left out: it doesn't give the ids of the pipeline's tokenizer")
-        _remove_local_paths(folder)
+        remove_local_paths(folder)
         figures: dict[str, float] = {}
         if before is not None and after is not None and inputs is not None:
             say("measuring parity with PyTorch")
@@ -159,14 +159,6 @@ def _finish_unet(folder: Path, weights: dict[str, NDArray[Any]], edit: WeightEdi
     if edit is not None:
         write_edit_id(path, edit.id)
     return dict(map_weights(path, weights, file=UNET))
-
-
-def _remove_local_paths(folder: Path) -> None:
-    """Drop ``_name_or_path`` from every configuration: it would publish where the model lay on this machine."""
-    for path in folder.rglob("*.json"):
-        document = json.loads(path.read_bytes())
-        if isinstance(document, dict) and document.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _describe(model: Path | str, pipe: Any) -> BaseEntry:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,21 @@ def demo_model() -> Path:
 def demo_clip() -> Path:
     """The bundled demo CLIP, a transformers folder."""
     return ROOT / "demo" / "clip"
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], Path]:
+    """The saved pipeline of a builder in ``tests/edit/tiny_models.py``, built once; tests that change it copy it."""
+    from tests.edit.tiny_models import build
+
+    built: dict[Callable[[], Any], Path] = {}
+
+    def folder(builder: Callable[[], Any]) -> Path:
+        if builder not in built:
+            built[builder] = build(builder, tmp_path_factory.mktemp("tiny") / "model")
+        return built[builder]
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build(tiny.stable_diffusion, tmp_path_factory.mktemp("tiny") / "model")
+def tiny_sd(folder_of: Callable[[Callable[[], Any]], Path]) -> Path:
+    return folder_of(tiny.stable_diffusion)
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def denoise(denoiser: Any, streams: dict[str, Tensor]) -> None:
     match type(denoiser).__name__:
         case "UNet2DConditionModel":
             sdxl = denoiser.config.addition_embed_type == "text_time"
-            added = {"text_embeds": torch.randn(1, 20), "time_ids": torch.randn(1, 6)} if sdxl else None
+            time_ids = (denoiser.config.projection_class_embeddings_input_dim - 20) // 8 if sdxl else 0
+            added = {"text_embeds": torch.randn(1, 20), "time_ids": torch.randn(1, time_ids)} if sdxl else None
             condition = denoiser.config.time_cond_proj_dim
             guidance = torch.randn(1, condition) if condition else None
             denoiser(latents, time, streams["text"], timestep_cond=guidance, added_cond_kwargs=added)

@@ -64,26 +64,13 @@ def latent_consistency() -> Any:
     )
 
 
-def refiner() -> Any:
-    """With the five size and score embeddings that the pipeline passes, so that it runs."""
-    pipeline = tiny.stable_diffusion_xl_refiner()
-    unet = tiny.unet(
-        tiny.CLIP_G,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=5 * 8 + 20,
-    )
-    pipeline.register_modules(unet=unet)
-    return pipeline
-
-
 BUILDERS: tuple[Builder, ...] = (
     tiny.stable_diffusion,
     stable_diffusion_2,
     inpainting,
     latent_consistency,
     tiny.stable_diffusion_xl,
-    refiner,
+    tiny.stable_diffusion_xl_refiner,
     tiny.stable_diffusion_3,
     tiny.stable_diffusion_3_without_t5,
     tiny.flux,
@@ -97,19 +84,6 @@ BIASED = (tiny.stable_diffusion_3, tiny.stable_diffusion_3_without_t5, tiny.flux
 every_family = pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: builder.__name__)
 # HiDream's pipeline asks for attentions that it doesn't use.
 ignoring_attentions = pytest.mark.filterwarnings("ignore:`output_attentions=True` is not supported:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """The saved pipeline of a builder, built once."""
-    built: dict[Builder, Path] = {}
-
-    def folder(builder: Builder) -> Path:
-        if builder not in built:
-            built[builder] = tiny.build(builder, tmp_path_factory.mktemp("tiny") / "model")
-        return built[builder]
-
-    return folder
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -27,19 +27,6 @@ PROMPTS = ["a gun", "", " Red cat in the style of a painting "]
 Folders = Callable[[Callable[[], Any]], Path]
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """The saved pipeline of a builder, built once."""
-    built: dict[Callable[[], Any], Path] = {}
-
-    def folder(builder: Callable[[], Any]) -> Path:
-        if builder not in built:
-            built[builder] = tiny.build(builder, tmp_path_factory.mktemp("tiny") / "model")
-        return built[builder]
-
-    return folder
-
-
 @pytest.fixture
 def copy_of(folder_of: Folders, tmp_path: Path) -> Folders:
     """A copy to damage."""

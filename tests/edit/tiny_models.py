@@ -130,12 +130,13 @@ def stable_diffusion(text: dict[str, Any] | None = None, **config: Any) -> diffu
     )
 
 
-def _sdxl_unet(width: int) -> diffusers.UNet2DConditionModel:
+def _sdxl_unet(width: int, time_ids: int = 6) -> diffusers.UNet2DConditionModel:
+    """The base passes six sizes, the refiner four and a score."""
     return unet(
         width,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 20,
+        projection_class_embeddings_input_dim=time_ids * 8 + 20,
     )
 
 
@@ -158,7 +159,7 @@ def stable_diffusion_xl_refiner() -> diffusers.StableDiffusionXLImg2ImgPipeline:
         text_encoder_2=clip(CLIP_G, projection=20),
         tokenizer=None,
         tokenizer_2=clip_tokenizer(),
-        unet=_sdxl_unet(CLIP_G),
+        unet=_sdxl_unet(CLIP_G, time_ids=5),
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
         requires_aesthetics_score=True,
     )

@@ -45,19 +45,6 @@ def recipe(**changes: Any) -> Recipe:
     return resolve(None, None, {**given, **changes})
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], Path]:
-    """The saved pipeline of a builder, built once."""
-    built: dict[Callable[[], Any], Path] = {}
-
-    def folder(builder: Callable[[], Any]) -> Path:
-        if builder not in built:
-            built[builder] = tiny.build(builder, tmp_path_factory.mktemp("tiny") / "model")
-        return built[builder]
-
-    return folder
-
-
 def differ(one: Edit, other: Edit) -> tuple[float, float]:
     """The largest relative difference of what the edits do to any site, and the largest one of their certificates."""
     assert one.sites == other.sites
