@@ -94,16 +94,21 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12750)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this UNet's weights, e.g. demo/model/unet")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     latents, labels = encode_images(arguments.work)
     states, row_of = encode_captions(arguments.work)
     objects, artists, colours = list(OBJECTS), list(ARTISTS), list(BACKGROUNDS)
     torch.manual_seed(0)
-    unet = build().to(memory_format=torch.channels_last)
+    unet = build()
+    if arguments.start:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(arguments.start).float().state_dict())
+    unet = unet.to(memory_format=torch.channels_last)
     average = build().requires_grad_(False)
     average.load_state_dict(unet.state_dict())
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     training = Training(
         "unet",
         {"unet": unet, "average": average},
