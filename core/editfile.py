@@ -151,9 +151,14 @@ class Edit:
             NumericsError: an edited weight isn't finite in the weight's dtype.
         """
         self.check(weights, force=force)
-        return {site: self._moved(site, weights[site]) for site in self.sites}
+        return {site: self.moved(site, weights[site]) for site in self.sites}
 
-    def _moved(self, site: str, weight: Array) -> Array:
+    def moved(self, site: str, weight: Array) -> Array:
+        """One site's edited weight, as ``apply`` gives it, without its checks.
+
+        Raises:
+            NumericsError: the edited weight isn't finite in the weight's dtype.
+        """
         dtype = np.dtype(np.float64 if weight.dtype == np.float64 else np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             original = weight.astype(dtype)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from excise.errors import ArtefactError
 
 NAME = "excise.json"
-FORMAT = 1
+FORMAT = 2
 TOOLS = ("diffusers", "numpy", "onnx", "onnxruntime", "optimum", "optimum-onnx", "torch", "transformers")
 _CHUNK = 1 << 22
 _SHOW_PROGRESS_FROM = 200_000_000
@@ -81,6 +81,8 @@ class WeightEntry(_Model):
 
     Attributes:
         file: The ONNX file, relative to the artefact's folder.
+        data: The external data file that holds the initialiser; None if the ONNX file itself does.
+        offset: The initialiser's first byte in ``data``.
         node: Name of the node that reads the weight.
         initializer: Name of the initialiser.
         transposed: Whether the initialiser holds the weight's transpose (d × o in place of o × d).
@@ -98,8 +100,10 @@ class WeightEntry(_Model):
     shape: tuple[int, ...]
     sha256: Sha256
     engine_weight: str | None = None
+    data: str | None = None
+    offset: int = Field(default=0, ge=0)
 
-    _file_inside = field_validator("file")(_inside)
+    _files_inside = field_validator("file", "data")(lambda path: path if path is None else _inside(path))
 
 
 class Manifest(_Model):
@@ -113,7 +117,8 @@ class Manifest(_Model):
         base: The unedited model.
         edit: The edit; ``None`` for an unedited model.
         files: Every file of the folder but the manifest, by relative path.
-        weights: Every weight that the edit moves, by torch name relative to the UNet.
+        weights: Every weight that the edit moves or another may move, by torch name relative to the denoiser.
+        base_weights: A safetensors file with the unedited float32 values of ``weights``; None if they weren't kept.
         parity: Measured figures, by name.
     """
 
@@ -125,6 +130,7 @@ class Manifest(_Model):
     edit: EditEntry | None = None
     files: dict[str, FileEntry]
     weights: dict[str, WeightEntry] = {}
+    base_weights: str | None = None
     parity: dict[str, FiniteFloat] = {}
 
     @field_validator("files")
@@ -188,23 +194,31 @@ def write_manifest(
     base: BaseEntry,
     edit: EditEntry | None = None,
     weights: Mapping[str, WeightEntry] | None = None,
+    base_weights: str | None = None,
     parity: Mapping[str, float] | None = None,
     tools: Mapping[str, str] | None = None,
+    known: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
     """Hash every file of ``folder`` and write its ``excise.json``, in place of one that is there.
 
     Args:
         folder: The finished artefact.
-        kind, base, edit, weights, parity: See ``Manifest``.
+        kind, base, edit, weights, base_weights, parity: See ``Manifest``.
         tools: Versions of libraries; by default those of ``TOOLS`` that are installed.
+        known: Files that are as they were when they were hashed; those of the same size aren't read again.
 
     Raises:
         ArtefactError: A weight's ONNX file isn't in the folder, or a figure isn't finite.
     """
-    files = _hash_all(folder, _paths(folder))
+    paths = _paths(folder)
+    kept = {path: entry for path, entry in (known or {}).items() if path in paths}
+    if changed := [path for path, entry in kept.items() if (folder / path).stat().st_size != entry.size]:
+        raise ArtefactError(f"{folder / changed[0]} isn't as long as its manifest says: export again")
+    files = {**kept, **_hash_all(folder, [path for path in paths if path not in kept])}
     for name, weight in (weights or {}).items():
-        if weight.file not in files:
-            raise ArtefactError(f"{folder} has no {weight.file}, which should hold {name}")
+        for file in (weight.file, weight.data):
+            if file is not None and file not in files:
+                raise ArtefactError(f"{folder} has no {file}, which should hold {name}")
     try:
         manifest = Manifest(
             kind=kind,
@@ -214,6 +228,7 @@ def write_manifest(
             edit=edit,
             files=files,
             weights=dict(weights or {}),
+            base_weights=base_weights,
             parity=dict(parity or {}),
         )
     except ValidationError as error:

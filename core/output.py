@@ -6,6 +6,7 @@ on any error, Ctrl-C included, the partial output is removed.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -66,6 +67,43 @@ def new_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the place of the folder ``path`` in one step.
+
+    The two folders change names at once (Linux's ``renameat2`` with ``RENAME_EXCHANGE``), so that at every moment
+    ``path`` is the old folder or the new one, whole; then the old one is removed.
+
+    Raises:
+        OutputError: the disk is full, or the folder can't be replaced like that here (another system, a mount point).
+    """
+    real = path.resolve()
+    with _writing(path):
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=real.parent))
+        try:
+            partial.chmod(real.stat().st_mode & 0o777)
+            yield partial
+            _exchange(partial, real)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Let two folders of one file system change names in one step."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        number = errno.ENOSYS
+    else:
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+        done = renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
+        number = ctypes.get_errno() if done else 0
+    if number:
+        raise OutputError(
+            f"{second} can't be replaced in one step here ({os.strerror(number)}): name another folder with --out"
+        )
 
 
 @contextmanager

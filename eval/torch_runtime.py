@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from excise.errors import PromptTooLong, UsageError
+from excise.serve.denoising import OnStep
 from excise.serve.runtime import Progress, Request, initial_latents
 
 
@@ -71,8 +72,11 @@ class TorchRuntime:
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         progress: Progress | None = None,
+        on_step: OnStep | None = None,
     ) -> npt.NDArray[np.float32]:
         """Final latents, before the VAE, as float32 with shape (n, channels, height, width).
+
+        ``on_step`` is given each batch's latents after each of its steps.
 
         Raises:
             PromptTooLong: a prompt or negative prompt has more tokens than the text encoder reads.
@@ -89,6 +93,8 @@ class TorchRuntime:
                 if progress is not None:
                     steps: int = pipeline.num_timesteps
                     progress(number * steps + step + 1, len(starts) * steps)  # noqa: B023 - called within this round
+                if on_step is not None:
+                    on_step(_numpy(tensors["latents"]))
                 return tensors
 
             output = self.pipeline(
@@ -102,18 +108,48 @@ class TorchRuntime:
                 output_type="latent",
                 callback_on_step_end=step_done,
             )
-            latents.append(output.images.float().cpu().numpy())
+            latents.append(_numpy(output.images))
         return np.concatenate(latents)
 
     def _starts(self, requests: Sequence[Request]) -> range:
         return range(0, len(requests), self.batch_size)
 
     @torch.no_grad()
-    def _decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-        """As ``StableDiffusionPipeline.__call__`` does after the last step, without the safety checker."""
+    def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Text embeddings of at least one prompt, float32 with shape (n, tokens, d).
+
+        Raises:
+            PromptTooLong: a prompt has more tokens than the text encoder reads.
+        """
+        for prompt in prompts:
+            self._check_length(prompt)
+        states = self.pipeline.encode_prompt(list(prompts), self.pipeline.device, 1, False)[0]
+        return _numpy(states)
+
+    @torch.no_grad()
+    def predict(
+        self, sample: npt.NDArray[np.float32], timestep: float, encoder_hidden_states: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """The UNet's output, float32 with the shape of ``sample`` (b, c, h, w), for text embeddings (b, t, d)."""
+        unet = self.pipeline.unet
+        latents, states = (torch.from_numpy(one).to(unet.device, unet.dtype) for one in (sample, encoder_hidden_states))
+        return _numpy(unet(latents, torch.tensor(timestep), states, return_dict=False)[0])
+
+    @torch.no_grad()
+    def decode_samples(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """What the VAE gives for latents, float32 with shape (n, 3, height, width): −1 is black, 1 is white."""
+        return _numpy(self._samples(latents))
+
+    def _samples(self, latents: npt.NDArray[np.float32]) -> torch.Tensor:
         vae = self.pipeline.vae
         samples = torch.from_numpy(latents).to(vae.device, vae.dtype) / vae.config.scaling_factor
-        images = self.pipeline.image_processor.postprocess(vae.decode(samples, return_dict=False)[0], output_type="np")
+        decoded: torch.Tensor = vae.decode(samples, return_dict=False)[0]
+        return decoded
+
+    @torch.no_grad()
+    def _decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+        """As ``StableDiffusionPipeline.__call__`` does after the last step, without the safety checker."""
+        images = self.pipeline.image_processor.postprocess(self._samples(latents), output_type="np")
         pixels: npt.NDArray[np.uint8] = np.round(images * 255).astype(np.uint8)
         return pixels
 
@@ -126,6 +162,11 @@ class TorchRuntime:
             raise PromptTooLong(
                 f"a prompt of {length} tokens, where the text encoder reads {limit}: shorten {_shown(prompt)}"
             )
+
+
+def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = tensor.float().cpu().numpy()
+    return array
 
 
 def _shown(prompt: str) -> str:

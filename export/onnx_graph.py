@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,21 +108,48 @@ class Graph:
         Raises:
             ArtefactError: The external data is missing or too short.
         """
-        from onnx import numpy_helper
+        tensor = self.initializers[initializer]
+        if not tensor.external_data:
+            from onnx import numpy_helper
 
-        tensor = copy.deepcopy(self.initializers[initializer])
-        try:
-            values: NDArray[Any] = numpy_helper.to_array(tensor, base_dir=str(self.path.parent))
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ArtefactError(f"{initializer} of {self.path} can't be read: {reason}") from error
-        return values
+            return numpy_helper.to_array(tensor)
+        return _external_values(tensor, self.path)
 
     def holding(self, weight: NDArray[Any]) -> list[str]:
         """Names of the initialisers whose values equal ``weight`` or its transpose; for messages only."""
         shapes = {weight.shape, weight.T.shape}
         near = (name for name, tensor in self.initializers.items() if tuple(tensor.dims) in shapes)
         return sorted(name for name in near if equal(self.values(name), weight) or equal(self.values(name), weight.T))
+
+
+def external_place(tensor: TensorProto) -> tuple[str | None, int]:
+    """The external data file of an initialiser, relative to its ONNX file's folder, and its first byte there.
+
+    ``None`` where the ONNX file itself holds it.
+    """
+    fields = {entry.key: entry.value for entry in tensor.external_data}
+    return fields.get("location"), int(fields.get("offset", 0))
+
+
+def _external_values(tensor: TensorProto, path: Path) -> NDArray[Any]:
+    """The values of an initialiser that ``path`` keeps in external data.
+
+    The onnx package refuses files with several hard links, which versions of one model are made of.
+    """
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    location, offset = external_place(tensor)
+    source = path.parent / str(location)
+    if path.parent.resolve() not in source.resolve().parents:
+        raise ArtefactError(f"{tensor.name} of {path} can't be read: {location} is outside the model's folder")
+    dtype, shape = tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<"), tuple(tensor.dims)
+    try:
+        values = np.fromfile(source, dtype, count=math.prod(shape), offset=offset)
+    except OSError as error:
+        raise ArtefactError(f"{tensor.name} of {path} can't be read: {source} is missing") from error
+    if values.size != math.prod(shape):
+        raise ArtefactError(f"{tensor.name} of {path} can't be read: {source} is too short")
+    return values.reshape(shape)
 
 
 def _attribute(node: NodeProto, name: str) -> Any:

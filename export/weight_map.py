@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from excise.errors import ArtefactError
-from excise.export.onnx_graph import Graph, Location, equal, save_graph
+from excise.export.onnx_graph import Graph, Location, equal, external_place, save_graph
 from excise.manifest import WeightEntry
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ def map_weights(
             raise ArtefactError(
                 f"{name} can't be changed alone in {path}: {place.initializer} is read by {place.node} and by {others}"
             )
+        data, offset = external_place(graph.initializers[place.initializer])
         entries[name] = WeightEntry(
             file=file,
             node=place.node,
@@ -70,6 +70,8 @@ def map_weights(
             dtype=str(found.dtype),
             shape=found.shape,
             sha256=array_sha256(found),
+            data=None if data is None else (PurePosixPath(file).parent / data).as_posix(),
+            offset=offset,
         )
     return entries
 
@@ -110,8 +112,8 @@ def unshare(path: Path, names: Iterable[str]) -> int:
     copies = [node for node in graph.model.graph.node if node.op_type == "Identity" and node.input[0] in shared]
     for node in copies:
         tensor = copy.deepcopy(graph.initializers[node.input[0]])
+        _own_data(graph, tensor)
         tensor.name = node.output[0]
-        _own_data(tensor, path.parent)
         graph.model.graph.initializer.append(tensor)
         graph.model.graph.node.remove(node)
     if copies:
@@ -119,19 +121,9 @@ def unshare(path: Path, names: Iterable[str]) -> int:
     return len(copies)
 
 
-def _own_data(tensor: TensorProto, folder: Path) -> None:
-    """Copy a tensor's external bytes to the end of their file, so that they can be patched in place by themselves."""
-    from onnx.external_data_helper import uses_external_data
-
-    if not uses_external_data(tensor):
-        return
-    fields = {entry.key: entry.value for entry in tensor.external_data}
-    with (folder / fields["location"]).open("r+b") as stream:
-        stream.seek(int(fields.get("offset", 0)))
-        data = stream.read(int(fields["length"]))
-        end = stream.seek(0, os.SEEK_END)
-        offset = -(-end // 4096) * 4096
-        stream.write(bytes(offset - end) + data)
-    for entry in tensor.external_data:
-        if entry.key == "offset":
-            entry.value = str(offset)
+def _own_data(graph: Graph, tensor: TensorProto) -> None:
+    """Have a tensor's bytes in itself, so that they can be moved or changed alone."""
+    if tensor.external_data:
+        tensor.raw_data = graph.values(tensor.name).tobytes()
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")

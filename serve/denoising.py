@@ -16,6 +16,9 @@ from excise.serve.schedulers import Scheduler
 #: The UNet: latents (b, c, h, w), one timestep, text embeddings (b, t, d) → its output (b, c, h, w).
 Denoiser = Callable[[Array, float, Array], Array]
 
+#: Called after each denoising step with the latents of the batch, float32 with shape (b, c, h, w).
+OnStep = Callable[[Array], object]
+
 #: A seed and an index are each a signed 64-bit integer that isn't negative.
 LARGEST_KEY = 2**63 - 1
 
@@ -40,6 +43,7 @@ def denoise(
     num_inference_steps: int,
     guidance_scale: float,
     progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> Array:
     """The final latents, float32 with shape (n, c, h, w).
 
@@ -62,6 +66,8 @@ def denoise(
             unconditional, conditional = np.split(output, 2)
             output = unconditional + scale * (conditional - unconditional)
         latents = sampler.step(output, index, latents)
+        if on_step is not None:
+            on_step(latents)
         if progress is not None:
             progress(index + 1, total)
     return latents

@@ -55,6 +55,7 @@ class OnnxComponent:
     """``folder/name/model.onnx`` with its ``config.json``.
 
     ``inputs`` are the names that it has to declare, no more and no fewer, and ``output`` is the one that is read.
+    ``initializers`` take the place of initialisers of the same names in external data, in memory alone.
     Raises ``ArtefactError`` if a file is missing or can't be loaded, or the names are others, and ``UsageError`` if
     the provider can't be used.
     """
@@ -68,6 +69,7 @@ class OnnxComponent:
         output: str,
         provider: Provider,
         threads: int | None,
+        initializers: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         self.name, self.output = name, output
         self.file = folder / name / "model.onnx"
@@ -77,7 +79,10 @@ class OnnxComponent:
         options.log_severity_level = 3  # errors only: they come back as exceptions
         if threads is not None:
             options.intra_op_num_threads = threads
+        given = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in (initializers or {}).items()}
         try:
+            if given:
+                options.add_external_initializers(list(given), list(given.values()))
             # its own fallback would print to stdout and go on with another provider
             self._session = onnxruntime.InferenceSession(str(self.file), options, providers=chain, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's errors share no base class

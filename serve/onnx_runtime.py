@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from excise.edited_initializers import edited_values
+from excise.editfile import Edit
 from excise.errors import ArtefactError, ModelError, UsageError
-from excise.serve.denoising import check_requests, denoise, to_uint8
+from excise.onnx_metadata import read_edit_id
+from excise.serve.denoising import OnStep, check_requests, denoise, to_uint8
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import OnnxComponent, Provider, providers, read_config
 from excise.serve.runtime import Progress, Request, initial_latents
@@ -30,10 +33,12 @@ class OnnxRuntime:
 
     ``folder`` is the export, ``name`` what reports call it, ``provider`` where it runs (``cuda`` and ``tensorrt`` need
     the extra ``gpu``), ``threads`` how many CPU threads one operator takes (all of them by default), and
-    ``batch_size`` how many images are denoised at a time: with guidance the UNet's batch is twice that.
+    ``batch_size`` how many images are denoised at a time: with guidance the UNet's batch is twice that. ``edit``
+    takes the place of the edit that the folder carries, in memory alone; ``edit_id`` is the id of the one in effect.
 
-    Raises ``ArtefactError`` for a folder that is incomplete or can't be loaded, ``ModelError`` for a scheduler,
-    tokenizer or model that isn't supported, and ``UsageError`` for a provider that this machine hasn't.
+    Raises ``ArtefactError`` for a folder that is incomplete or can't be loaded, or keeps no unedited weights for
+    ``edit`` to start from, ``ModelError`` for a scheduler, tokenizer or model that isn't supported, ``EditError`` for
+    an edit of another model, and ``UsageError`` for a provider that this machine hasn't.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class OnnxRuntime:
         provider: Provider = "cpu",
         threads: int | None = None,
         batch_size: int = 32,
+        edit: Edit | None = None,
     ) -> None:
         folder = Path(folder)
         for option, value in (("batch_size", batch_size), ("threads", threads)):
@@ -58,8 +64,19 @@ class OnnxRuntime:
         self.name, self.folder, self.batch_size = name, folder, batch_size
         self.scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
 
+        self.edit_id = edit.id if edit is not None else read_edit_id(folder / "unet" / "model.onnx")
+        edited = {"unet": edited_values(folder, edit)} if edit is not None else {}
+
         def load(component: str, inputs: Sequence[str], output: str) -> OnnxComponent:
-            return OnnxComponent(folder, component, inputs=inputs, output=output, provider=provider, threads=threads)
+            return OnnxComponent(
+                folder,
+                component,
+                inputs=inputs,
+                output=output,
+                provider=provider,
+                threads=threads,
+                initializers=edited.get(component),
+            )
 
         self._text_encoder = load("text_encoder", ["input_ids"], "last_hidden_state")
         self._unet = load("unet", ["sample", "timestep", "encoder_hidden_states"], "out_sample")
@@ -101,12 +118,13 @@ class OnnxRuntime:
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         progress: Progress | None = None,
+        on_step: OnStep | None = None,
     ) -> Array:
         """The final latents that ``generate`` decodes, float32 with shape (n, channels, height, width).
 
-        Raises as it does.
+        ``on_step`` is given each batch's latents after each of its steps. Raises as ``generate`` does.
         """
-        latents = self._denoised(requests, num_inference_steps, guidance_scale, progress)
+        latents = self._denoised(requests, num_inference_steps, guidance_scale, progress, on_step)
         return np.concatenate([np.empty((0, *self.latent_shape), np.float32), *latents])
 
     def encode(self, prompts: Sequence[str]) -> Array:
@@ -135,10 +153,19 @@ class OnnxRuntime:
             raise ArtefactError(
                 f"{self.folder}: the denoised latents aren't finite, the unet or text_encoder is broken"
             )
-        return to_uint8(self._vae_decoder(latent_sample=latents / self._scaling_factor + self._shift_factor))
+        return to_uint8(self.decode_samples(latents))
+
+    def decode_samples(self, latents: Array) -> Array:
+        """What the VAE gives for latents, float32 with shape (n, 3, height, width): −1 is black, 1 is white."""
+        return self._vae_decoder(latent_sample=latents / self._scaling_factor + self._shift_factor)
 
     def _denoised(
-        self, requests: Sequence[Request], steps: int, guidance_scale: float, progress: Progress | None
+        self,
+        requests: Sequence[Request],
+        steps: int,
+        guidance_scale: float,
+        progress: Progress | None,
+        on_step: OnStep | None = None,
     ) -> Iterator[Array]:
         """The final latents, batch by batch."""
         check_requests(requests, guidance_scale)
@@ -157,7 +184,7 @@ class OnnxRuntime:
                     progress(before + done, total * len(starts))
 
             yield denoise(
-                self._predict,
+                self.predict,
                 self.scheduler,
                 initial_latents(requests[chosen], self.latent_shape),
                 prompt_embeds[chosen],
@@ -165,10 +192,14 @@ class OnnxRuntime:
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 progress=report,
+                on_step=on_step,
             )
 
-    def _predict(self, sample: Array, timestep: float, encoder_hidden_states: Array) -> Array:
-        """The UNet's output; ``timestep`` is a scalar in Optimum's exports and a vector in some others."""
+    def predict(self, sample: Array, timestep: float, encoder_hidden_states: Array) -> Array:
+        """The UNet's output, float32 with the shape of ``sample`` (b, c, h, w), for text embeddings (b, t, d).
+
+        ``timestep`` is a scalar in Optimum's exports and a vector in some others.
+        """
         shape = () if self._unet.rank("timestep") == 0 else (self._unet.width("timestep", 0) or len(sample),)
         return self._unet(
             sample=sample,

@@ -114,8 +114,8 @@ def test_a_folder_without_manifest_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, r"has format version 2, and this excise reads version 1"),
-        ({"format": "1"}, r"has format version '1', and this excise reads version 1"),
+        ({"format": 3}, r"has format version 3, and this excise reads version 2"),
+        ({"format": "1"}, r"has format version '1', and this excise reads version 2"),
         ({"format": True}, r"has format version True"),
         ({"files": {"a": {"size": 1, "sha256": "zz"}}}, r"is malformed: files\.a\.sha256"),
         ({"files": {"../a": {"size": 1, "sha256": "0" * 64}}}, r"'\.\./a' is not a path inside the folder"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from excise.errors import OutputError
-from excise.output import PARTIAL, check_free, new_file, new_folder
+from excise.output import PARTIAL, check_free, new_file, new_folder, replaced_folder
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -75,3 +75,47 @@ def test_the_systems_errors_become_one_line(tmp_path: Path, number: int, message
     with pytest.raises(OutputError, match=message), new_folder(tmp_path / "out"):
         raise OSError(number, "from the system")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_at_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("1")
+    with replaced_folder(out) as partial:
+        (partial / "new").write_text("2")
+        assert [path.name for path in out.iterdir()] == ["old"]
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert not leftovers(tmp_path)
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with replaced_folder(tmp_path / "link") as partial:
+        (partial / "new").write_text("2")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "new").read_text() == "2"
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_a_folder_that_isnt_replaced_is_as_it_was(tmp_path: Path, failure: BaseException) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("1")
+    expected = OutputError if isinstance(failure, OSError) else type(failure)
+    with pytest.raises(expected), replaced_folder(out) as partial:
+        (partial / "new").write_text("2")
+        raise failure
+    assert [path.name for path in out.iterdir()] == ["old"]
+    assert not leftovers(tmp_path)
+
+
+def test_where_names_cant_be_exchanged_out_is_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("1")
+    monkeypatch.setattr("ctypes.CDLL", lambda *args, **options: object())
+    with pytest.raises(OutputError, match="can't be replaced in one step here .*--out"), replaced_folder(out):
+        pass
+    assert [path.name for path in out.iterdir()] == ["old"]
+    assert not leftovers(tmp_path)

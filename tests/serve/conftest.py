@@ -7,8 +7,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
+from excise.editfile import Edit
 from excise.serve.onnx_runtime import OnnxRuntime
+from tests.random_edits import random_edit
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,22 @@ def runtime(exported: Path) -> OnnxRuntime:
 def copy(exported: Path, tmp_path: Path) -> Path:
     """A copy of the export that a test can break."""
     return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def edits(tiny_model: Path) -> tuple[Edit, Edit]:
+    """Two edits of the tiny model."""
+    weights = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
+    sites = {name: w for name, w in weights.items() if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    return random_edit(sites, 1, scale=0.3), random_edit(sites, 2, scale=0.3)
+
+
+@pytest.fixture(scope="session")
+def versions(exported: Path, edits: tuple[Edit, Edit], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The export patched with each of the edits. Not to be changed by tests."""
+    from excise.export.patch import patch
+
+    first, second = (tmp_path_factory.mktemp("versions") / str(number) for number in range(2))
+    patch(exported, edits[0], out=first)
+    patch(first, edits[1], out=second)
+    return first, second

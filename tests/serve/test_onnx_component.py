@@ -94,7 +94,7 @@ def test_provider_that_cannot_start(exported: Path, monkeypatch: pytest.MonkeyPa
 def test_corrupt_model(copy: Path) -> None:
     model = copy / "unet" / "model.onnx"
     model.write_bytes(model.read_bytes()[:1000])
-    with pytest.raises(ArtefactError, match=r"unet/model.onnx can't be loaded") as error:
+    with pytest.raises(ArtefactError, match=r"unet/model.onnx isn't an ONNX model") as error:
         OnnxRuntime(copy)
     assert "\n" not in str(error.value)
 
