@@ -65,7 +65,7 @@ def _move(tensor: TensorProto, values: NDArray[Any], stream: BinaryIO, location:
     offset = write_aligned(stream, data)
     tensor.ClearField("raw_data")
     for kind in ("float_data", "double_data", "int32_data", "int64_data", "uint64_data"):
-        tensor.ClearField(kind)  # type: ignore[arg-type]
+        tensor.ClearField(kind)
     tensor.raw_data = b""
     set_external_data(tensor, location, offset=offset, length=len(data))
     tensor.ClearField("raw_data")

@@ -112,7 +112,8 @@ class Graph:
         if not tensor.external_data:
             from onnx import numpy_helper
 
-            return numpy_helper.to_array(tensor)
+            values: NDArray[Any] = numpy_helper.to_array(tensor)
+            return values
         return _external_values(tensor, self.path)
 
     def holding(self, weight: NDArray[Any]) -> list[str]:

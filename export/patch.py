@@ -129,7 +129,7 @@ def write_edited(
         values = edited_initializers(folder, manifest, edit, force=force)
         for name, place, array in tqdm(values, total=len(manifest.weights), desc="patch", leave=False, delay=2):
             before = stream.tell()
-            data = memoryview(array).cast("B")
+            data = array.data.cast("B")
             if write_aligned(stream, data) != place.offset:
                 raise ArtefactError(
                     f"{folder} has {place.initializer} at byte {place.offset}, not where a patch puts it"

@@ -177,3 +177,23 @@ def test_a_curve_and_a_sweep(tiny_model: Path, tmp_path: Path, capsys: pytest.Ca
     assert {path.name for path in sweep.iterdir()} == {
         "sweep.json", "sweep.png", "ridge-0.001.safetensors", "ridge-1.safetensors"
     }  # fmt: skip
+
+
+def test_patch_needs_no_torch_and_no_onnx(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edits = [tmp_path / f"{concept}.safetensors" for concept in ("gun", "axe")]
+    for edit in edits:
+        assert run("edit", str(demo_model), "--erase", edit.stem, "--epochs", "1", "--out", str(edit)) == 0
+    onnx = tmp_path / "onnx"
+    assert run("export", str(demo_model), "--edit", str(edits[0]), "--out", str(onnx)) == 0
+    capsys.readouterr()
+    script = (
+        "import sys; from excise.cli import main; status = main(sys.argv[1:]); "
+        "assert not {'torch', 'onnx', 'transformers'} & set(sys.modules); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", script, "patch", str(onnx), "--edit", str(edits[1]), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["manifest"]["edit"]["id"] == load_edit(edits[1]).id
+    assert run("inspect", str(onnx)) == 0
+    assert load_edit(edits[1]).id in capsys.readouterr().out
+    assert "was made for another" not in failure(capsys, "patch", str(onnx), "--edit", str(tmp_path / "none"))
