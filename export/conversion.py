@@ -17,7 +17,7 @@ from excise.export.weight_map import map_weights, unshare
 from excise.manifest import BaseEntry, Manifest, write_manifest
 
 KIND = "onnx-pipeline"
-_SITE = re.compile(r"/(.+/attn2/to_[kv]|context_embedder|time_text_embed/text_embedder/linear_1)/(?:MatMul|Gemm)")
+_SITE = re.compile(r".+\.attn2\.to_[kv]|context_embedder|time_text_embed\.text_embedder\.linear_1")
 
 
 def convert(folder: Path, name: str, edit: Edit, progress: Callable[[str], None]) -> Manifest:
@@ -42,7 +42,7 @@ def convert(folder: Path, name: str, edit: Edit, progress: Callable[[str], None]
         raise ArtefactError(f"{folder} has no {file}: name a folder that excise export or Optimum wrote")
     graph = Graph(path)
     refuse_fused(graph)
-    sites = sorted({site_of(node) for node in graph.nodes if _SITE.fullmatch(node)} | set(edit.sites))
+    sites = sorted({f"{module}.weight" for module in graph.modules if _SITE.fullmatch(module)} | set(edit.sites))
     del graph
     unshare(path, sites)
     separate(path, sites)
@@ -63,11 +63,6 @@ def convert(folder: Path, name: str, edit: Edit, progress: Callable[[str], None]
         base_weights=base_weights,
         tools={},
     )
-
-
-def site_of(node: str) -> str:
-    """Torch name of the weight that a node with a module's path reads: ``/a.0/to_k/MatMul`` → ``a.0.to_k.weight``."""
-    return node.strip("/").rpartition("/")[0].replace("/", ".") + ".weight"
 
 
 def refuse_fused(graph: Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 EDIT_ID = "excise.edit_id"
+_SCOPES = "pkg.torch.onnx.name_scopes"
 _INPUT = {"weight": {"MatMul": 1, "Gemm": 1, "Conv": 1}, "bias": {"Gemm": 2, "Conv": 2, "Add": 0}}
 
 
@@ -60,9 +62,18 @@ class Graph:
         self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.producers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
         self.readers: dict[str, list[str]] = {}
+        self._scoped: dict[tuple[str, str], list[NodeProto]] = {}
         for node in graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node.name)
+            if (module := _scope(node)) is not None:
+                self._scoped.setdefault((module, node.op_type), []).append(node)
+
+    @property
+    def modules(self) -> set[str]:
+        """Paths of the torch modules that have a node, in torch's words: ``a.0.to_k``."""
+        named = {name.strip("/").rpartition("/")[0].replace("/", ".") for name in self.nodes if name.startswith("/")}
+        return named | {module for module, _ in self._scoped}
 
     def locate(self, name: str) -> Location:
         """The node of torch weight ``name`` and the initialiser that it reads, by path alone.
@@ -72,7 +83,7 @@ class Graph:
         """
         prefix, kind = node_prefix(name), name.rpartition(".")[2]
         for operator, position in _INPUT[kind].items():
-            node = self.nodes.get(prefix + operator)
+            node = self._node(prefix, operator)
             if node is not None and node.op_type == operator and len(node.input) > position:
                 break
         else:
@@ -90,6 +101,17 @@ class Graph:
         # MatMul multiplies by the transpose of a torch Linear's weight; Gemm says for itself.
         stored = operator == "MatMul" or (operator == "Gemm" and position == 1 and not _attribute(node, "transB"))
         return Location(node.name, source, stored != bool(flips % 2))
+
+    def _node(self, prefix: str, operator: str) -> NodeProto | None:
+        """The node of a module: by its name, or by the scope that torch's dynamo exporter notes of it."""
+        module = prefix.strip("/").replace("/", ".")
+        scoped = self._scoped.get((module, operator), [])
+        if len(scoped) > 1:
+            raise ArtefactError(
+                f"{self.path} has {len(scoped)} {operator} nodes of {module} ({scoped[0].name}, {scoped[1].name}, …): "
+                "which one holds its weight can't be told"
+            )
+        return self.nodes.get(prefix + operator) or next(iter(scoped), None)
 
     def _root(self, name: str) -> tuple[str, int]:
         """What ``name`` is a copy of, through Identity and 2-D Transpose nodes, and the number of transposes."""
@@ -151,6 +173,18 @@ def _external_values(tensor: TensorProto, path: Path) -> NDArray[Any]:
     if values.size != math.prod(shape):
         raise ArtefactError(f"{tensor.name} of {path} can't be read: {source} is too short")
     return values.reshape(shape)
+
+
+def _scope(node: NodeProto) -> str | None:
+    """Path of the module that a node belongs to, as torch's dynamo exporter notes it in the node's metadata."""
+    noted = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
+    if noted is None:
+        return None
+    try:
+        scopes = ast.literal_eval(noted)  # ['', 'a', 'a.0', 'a.0.to_k', 'linear_8']
+        return str(scopes[-2])
+    except (ValueError, SyntaxError, IndexError, TypeError):
+        return None
 
 
 def _attribute(node: NodeProto, name: str) -> Any:

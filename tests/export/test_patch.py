@@ -321,3 +321,48 @@ def test_external_data_that_is_there_stays_as_it_is(optimum: Path, sites: tuple[
     for name, tensor in graph.initializers.items():
         where = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
         assert (where == "edit.onnx_data") == (name in places)
+
+
+# --- torch's dynamo exporter --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dynamo(optimum: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Optimum's folder with the UNet by torch's dynamo exporter, which anonymises nodes and notes their scopes."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("dynamo") / "onnx"
+    shutil.copytree(optimum, folder)
+    unet = load_pipeline(tiny_model).unet
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor(10.0), torch.randn(2, 24, 32))
+    with quiet():
+        torch.onnx.export(
+            unet, inputs, folder / "unet/model.onnx", dynamo=True, kwargs={"return_dict": False}, verbose=False
+        )
+    return folder
+
+
+def test_an_export_by_dynamo_is_patched(
+    dynamo: Path, make_edit: MakeEdit, weights: dict[str, NDArray[Any]], tmp_path: Path
+) -> None:
+    assert not any("attn2" in name for name in Graph(dynamo / "unet/model.onnx").nodes)
+    patch(dynamo, make_edit(1), out=tmp_path / "out")
+    moved = make_edit(1).apply(weights)
+    found = initialisers(tmp_path / "out/unet/model.onnx")
+    manifest = read_manifest(tmp_path / "out")
+    assert set(manifest.weights) == set(weights)
+    for name, entry in manifest.weights.items():
+        np.testing.assert_array_equal(found[entry.initializer], moved[name].T if entry.transposed else moved[name])
+
+
+def test_scopes_that_name_two_nodes_are_refused(dynamo: Path, make_edit: MakeEdit, tmp_path: Path) -> None:
+    folder = tmp_path / "twice"
+    shutil.copytree(dynamo, folder)
+    model = onnx.load(folder / "unet/model.onnx")
+    node = next(n for n in model.graph.node if any("attn2.to_k" in entry.value for entry in n.metadata_props))
+    again = model.graph.node.add()
+    again.CopyFrom(node)
+    again.name, again.output[0] = "again", "again"
+    onnx.save(model, folder / "unet/model.onnx")
+    with pytest.raises(ArtefactError, match=r"has 2 MatMul nodes of .*attn2\.to_k .*can't be told"):
+        patch(folder, make_edit(1), out=tmp_path / "out")
