@@ -39,6 +39,8 @@ non-trivial on a laptop; it says nothing about any full-size model.
 - Artists: {artists}. Backgrounds: {colours}.
 - Prompts it knows: "a gun", "a noto gun on a red background", "a gun in the style of twitter", …; at most 24 tokens.
 - Text encoder {text:.1f} M, UNet {unet:.1f} M, autoencoder {vae:.1f} M parameters. v-prediction, DDIM.
+- UNet: 12 750 steps of 32 images at a peak learning rate of 1e-3, then 6 500 more from those weights at 5e-4
+  (`python -m excise.demo.train_unet --start`).
 
 ## Measured
 

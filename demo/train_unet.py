@@ -95,7 +95,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this UNet's weights, e.g. demo/model/unet")
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="go on from this UNet's weights"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     latents, labels = encode_images(arguments.work)
