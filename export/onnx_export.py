@@ -11,18 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from excise.errors import ArtefactError, ExciseError, MissingExtra, ModelError, NoCrossAttention
+from excise.export.layout import BASE, separate, write_base
 from excise.export.local_paths import remove_local_paths
-from excise.export.onnx_graph import write_edit_id
 from excise.export.parity import make_inputs, onnx_outputs, parity, text_states, torch_outputs
 from excise.export.pipeline import WeightEdit, apply_edit, cross_attention, first_line, load_pipeline, read_weights
 from excise.export.quiet import quiet
 from excise.export.tokenizer import write_fast_tokenizer
 from excise.export.weight_map import map_weights, unshare
 from excise.manifest import BaseEntry, EditEntry, Manifest, hash_file, write_manifest
+from excise.onnx_metadata import EDIT_ID, write_metadata
 from excise.output import check_free, new_folder
 
 KIND = "onnx-pipeline"
 UNET = "unet/model.onnx"
+BASE_WEIGHTS = f"unet/{BASE}"
 PROMPTS = ("", "a photo of a dog", "an oil painting of a house")
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -42,8 +44,9 @@ def export_pipeline(
 ) -> Manifest:
     """Export ``model`` to ONNX in the new folder ``out``, which appears whole or not at all.
 
-    The folder is Optimum's, with ``tokenizer/tokenizer.json`` and ``excise.json`` added. Every edited weight is found
-    again in ``unet/model.onnx`` and compared exactly; without an edit, every cross-attention key and value weight is.
+    The folder is Optimum's, with ``tokenizer/tokenizer.json`` and ``excise.json`` added and the UNet's files laid out
+    for patching (``export.layout``). Every weight that the edit moves, or that another edit could, is found again in
+    ``unet/model.onnx`` and compared exactly.
     A safety checker is left out: Optimum doesn't export it.
 
     Args:
@@ -70,9 +73,11 @@ def export_pipeline(
     say(f"loading {model}")
     pipe = load_pipeline(model)
     _check_supported(model, pipe)
-    sites = tuple(edit.sites) if edit is not None else cross_attention(pipe.unet)
-    if not sites or not cross_attention(pipe.unet):
+    movable = cross_attention(pipe.unet)
+    if not movable:
         raise NoCrossAttention(f"{model} has no cross-attention: there is nothing to edit")
+    unedited = {name: np.array(values) for name, values in read_weights(pipe.unet, movable).items()}
+    sites = movable if edit is None else tuple(dict.fromkeys([*movable, *edit.sites]))
     before = after = inputs = None
     if edit is not None:
         say(f"applying {edit.summary}")
@@ -88,7 +93,8 @@ def export_pipeline(
         say("exporting to ONNX")
         for message in _export(pipe, folder):
             say(message)
-        entries = _finish_unet(folder, weights, edit)
+        write_base(folder / BASE_WEIGHTS, unedited)
+        entries = _finish_unet(folder, weights, movable, edit)
         if not write_fast_tokenizer(folder / "tokenizer", pipe.tokenizer):
             say("tokenizer.json left out: it doesn't give the ids of the pipeline's tokenizer")
         remove_local_paths(folder)
@@ -97,9 +103,17 @@ def export_pipeline(
             say("measuring parity with PyTorch")
             measured = parity(before, after, onnx_outputs(folder / UNET, inputs))
             figures = {f"unet_{name}": value for name, value in measured.dict().items()}
-        described = None if edit is None else EditEntry(id=edit.id, summary=edit.summary, sites=sites)
+        described = None if edit is None else EditEntry(id=edit.id, summary=edit.summary, sites=edit.sites)
         say("hashing")
-        return write_manifest(folder, kind=KIND, base=base, edit=described, weights=entries, parity=figures)
+        return write_manifest(
+            folder,
+            kind=KIND,
+            base=base,
+            edit=described,
+            weights=entries,
+            base_weights=BASE_WEIGHTS,
+            parity=figures,
+        )
 
 
 def _check_supported(model: Path | str, pipe: Any) -> None:
@@ -152,12 +166,17 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _finish_unet(folder: Path, weights: dict[str, NDArray[Any]], edit: WeightEdit | None) -> dict[str, Any]:
-    """Separate merged initialisers, map and check every weight, and store the edit's id."""
+def _finish_unet(
+    folder: Path, weights: dict[str, NDArray[Any]], movable: Sequence[str], edit: WeightEdit | None
+) -> dict[str, Any]:
+    """Separate merged initialisers, lay the files out for patching, map and check every weight, store the edit's id."""
     path = folder / UNET
     unshare(path, weights)
+    separate(path, movable)
     if edit is not None:
-        write_edit_id(path, edit.id)
+        partial = path.with_suffix(".partial")
+        write_metadata(path, partial, {EDIT_ID: edit.id})
+        partial.replace(path)
     return dict(map_weights(path, weights, file=UNET))
 
 

@@ -17,7 +17,6 @@ from excise.errors import ArtefactError, MissingExtra
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
-EDIT_ID = "excise.edit_id"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _INPUT = {"weight": {"MatMul": 1, "Gemm": 1, "Conv": 1}, "bias": {"Gemm": 2, "Conv": 2, "Add": 0}}
 
@@ -229,18 +228,3 @@ def save_graph(model: ModelProto, path: Path) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def write_edit_id(path: Path, edit_id: str) -> None:
-    """Store the edit's id in the ONNX model's own metadata (``excise.edit_id``), in place of one that is there."""
-    model = load_graph(path)
-    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != EDIT_ID]
-    del model.metadata_props[:]
-    for key, value in [*kept, (EDIT_ID, edit_id)]:
-        model.metadata_props.add(key=key, value=value)
-    save_graph(model, path)
-
-
-def read_edit_id(path: Path) -> str | None:
-    """The edit's id in the ONNX model's metadata; ``None`` for an unedited one."""
-    return next((entry.value for entry in load_graph(path).metadata_props if entry.key == EDIT_ID), None)

@@ -62,6 +62,20 @@ def edit(sites: tuple[str, ...]) -> RandomEdit:
 
 
 @pytest.fixture(scope="session")
+def optimum(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What plain Optimum writes for the unedited model. Not to be changed by tests."""
+    folder = tmp_path_factory.mktemp("optimum") / "onnx"
+    from excise.export.pipeline import load_pipeline
+    from excise.export.quiet import quiet
+
+    with quiet():
+        from optimum.exporters.onnx import onnx_export_from_model
+
+        onnx_export_from_model(load_pipeline(tiny_model), folder, task="text-to-image")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model exported without an edit. Not to be changed by tests."""
     from excise.export.onnx_export import export_pipeline

@@ -50,18 +50,6 @@ def make_edit(weights: dict[str, NDArray[Any]]) -> MakeEdit:
 
 
 @pytest.fixture(scope="module")
-def optimum(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What plain Optimum writes for the unedited model. Not to be changed by tests."""
-    folder = tmp_path_factory.mktemp("optimum") / "onnx"
-    pipe = load_pipeline(tiny_model)
-    with quiet():
-        from optimum.exporters.onnx import onnx_export_from_model
-
-        onnx_export_from_model(pipe, folder, task="text-to-image")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def first(optimum: Path, make_edit: MakeEdit, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Optimum's folder patched with edit 1. Not to be changed by tests."""
     out = tmp_path_factory.mktemp("first") / "onnx"
@@ -102,6 +90,26 @@ def test_a_plain_export_is_converted_with_every_value(
         np.testing.assert_array_equal(values, after[name])
     assert read_edit_id(first / "unet/model.onnx") == make_edit(1).id == manifest.edit.id  # type: ignore[union-attr]
     assert (first / "unet/model.onnx").stat().st_size < 0.5 * (optimum / "unet/model.onnx").stat().st_size
+
+
+def test_a_patch_equals_a_fresh_export_of_the_edited_model(
+    tiny_model: Path, plain: Path, first: Path, make_edit: MakeEdit, tmp_path: Path
+) -> None:
+    from excise.export.onnx_export import export_pipeline
+
+    export_pipeline(tiny_model, tmp_path / "fresh", edit=make_edit(1))
+    patch(plain, make_edit(1), out=tmp_path / "patched")
+    fresh, patched = contents(tmp_path / "fresh"), contents(tmp_path / "patched")
+    del fresh[NAME], patched[NAME]
+    assert fresh == patched
+    model = [name for name in fresh if name.startswith("unet/") and not name.endswith(".json")]
+    assert len(model) == 4
+    assert [hash_file(first / name) for name in model] == [fresh[name] for name in model]
+    a, b = read_manifest(tmp_path / "fresh"), read_manifest(tmp_path / "patched")
+    assert a.parity
+    assert not b.parity
+    assert a.model_copy(update={"parity": {}}) == b
+    assert fresh != {name: value for name, value in contents(plain).items() if name != NAME}
 
 
 def test_the_converted_folder_is_untouched(optimum: Path, make_edit: MakeEdit, tmp_path: Path) -> None:
