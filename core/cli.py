@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from excise import __version__
+from excise.cli_bank import bank, fuse
 from excise.cli_edit import apply, edit, import_checkpoint, stack, sweep
 from excise.console import force_option, json_option, needs, result, say
 from excise.errors import ExciseError
@@ -152,7 +153,7 @@ def inspect(path: Path, base: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for _command in (edit, apply, stack, import_checkpoint, sweep):
+for _command in (edit, apply, stack, import_checkpoint, sweep, bank, fuse):
     cli.add_command(_command)
 
 

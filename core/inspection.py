@@ -40,6 +40,8 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
     lines += (
         [f"  edit      {manifest.edit.id}", f"  {manifest.edit.summary}"] if manifest.edit else ["  edit      none"]
     )
+    for index, row in enumerate(manifest.bank):
+        lines.append(f"  edit {index:<4} {row.id}\n  {row.summary}" if row else f"  edit {index:<4} the base")
     lines += [f"  problem   {problem}" for problem in problems] or ["  every file matches its SHA-256"]
     report: dict[str, Any] = {
         "kind": "artefact",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -116,6 +116,7 @@ class Manifest(_Model):
         tools: Versions of the libraries that it was made with.
         base: The unedited model.
         edit: The edit; ``None`` for an unedited model.
+        bank: The edits that requests choose from, in the order of ``edit_index``; ``None`` is the base.
         files: Every file of the folder but the manifest, by relative path.
         weights: Every weight that the edit moves or another may move, by torch name relative to the denoiser.
         base_weights: A safetensors file with the unedited float32 values of ``weights``; None if they weren't kept.
@@ -128,6 +129,7 @@ class Manifest(_Model):
     tools: dict[str, str] = {}
     base: BaseEntry
     edit: EditEntry | None = None
+    bank: tuple[EditEntry | None, ...] = ()
     files: dict[str, FileEntry]
     weights: dict[str, WeightEntry] = {}
     base_weights: str | None = None
@@ -193,6 +195,7 @@ def write_manifest(
     kind: str,
     base: BaseEntry,
     edit: EditEntry | None = None,
+    bank: Sequence[EditEntry | None] = (),
     weights: Mapping[str, WeightEntry] | None = None,
     base_weights: str | None = None,
     parity: Mapping[str, float] | None = None,
@@ -203,7 +206,7 @@ def write_manifest(
 
     Args:
         folder: The finished artefact.
-        kind, base, edit, weights, base_weights, parity: See ``Manifest``.
+        kind, base, edit, bank, weights, base_weights, parity: See ``Manifest``.
         tools: Versions of libraries; by default those of ``TOOLS`` that are installed.
         known: Files that are as they were when they were hashed; those of the same size aren't read again.
 
@@ -226,6 +229,7 @@ def write_manifest(
             tools=dict(tool_versions() if tools is None else tools),
             base=base,
             edit=edit,
+            bank=tuple(bank),
             files=files,
             weights=dict(weights or {}),
             base_weights=base_weights,

@@ -15,7 +15,10 @@ from typing import BinaryIO
 
 from excise.errors import ArtefactError
 
+#: Key of the id of the edit that a file carries.
 EDIT_ID = "excise.edit_id"
+#: Key of the JSON list of the ids that a bank holds, by ``edit_index``; null is the base.
+BANK = "excise.bank"
 
 _METADATA_PROPS = 14
 _GRAPH = 7

@@ -54,7 +54,8 @@ def one_line(error: Exception) -> str:
 class OnnxComponent:
     """``folder/name/model.onnx`` with its ``config.json``.
 
-    ``inputs`` are the names that it has to declare, no more and no fewer, and ``output`` is the one that is read.
+    ``inputs`` are the names that it has to declare, no more and no fewer but those of ``optional``, and ``output`` is
+    the one that is read.
     ``initializers`` take the place of initialisers of the same names in external data, in memory alone.
     Raises ``ArtefactError`` if a file is missing or can't be loaded, or the names are others, and ``UsageError`` if
     the provider can't be used.
@@ -66,6 +67,7 @@ class OnnxComponent:
         name: str,
         *,
         inputs: Iterable[str],
+        optional: Iterable[str] = (),
         output: str,
         provider: Provider,
         threads: int | None,
@@ -94,7 +96,7 @@ class OnnxComponent:
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         outputs = [node.name for node in self._session.get_outputs()]
         expected = sorted(inputs)
-        if sorted(self._inputs) != expected:
+        if sorted(self._inputs.keys() - set(optional)) != expected:
             raise ArtefactError(
                 f"{self.file} takes {', '.join(sorted(self._inputs))}; a Stable Diffusion 1 or 2 pipeline's takes "
                 f"{', '.join(expected)}"
@@ -104,6 +106,10 @@ class OnnxComponent:
                 raise ArtefactError(f"{self.file}: {node.name} is a {node.type}, supported are {', '.join(DTYPES)}")
         if output not in outputs:
             raise ArtefactError(f"{self.file} has no output {output!r}, only {', '.join(outputs)}")
+
+    def takes(self, name: str) -> bool:
+        """Whether it declares an input of that name."""
+        return name in self._inputs
 
     def rank(self, name: str) -> int:
         """The declared number of dimensions of an input."""

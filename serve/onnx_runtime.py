@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from excise.edited_initializers import edited_values
 from excise.editfile import Edit
 from excise.errors import ArtefactError, ModelError, UsageError
 from excise.onnx_metadata import read_edit_id
+from excise.serve.bank import EDIT_INDEX, edit_indices, read_bank
 from excise.serve.denoising import OnStep, check_requests, denoise, to_uint8
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import OnnxComponent, Provider, providers, read_config
@@ -64,14 +66,19 @@ class OnnxRuntime:
         self.name, self.folder, self.batch_size = name, folder, batch_size
         self.scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
 
-        self.edit_id = edit.id if edit is not None else read_edit_id(folder / "unet" / "model.onnx")
+        self.bank = read_bank(folder / "unet" / "model.onnx")
+        if self.bank is not None and edit is not None:
+            raise UsageError(f"{folder} holds a bank of edits: name one in each request, not one for all")
+        carried = (read_edit_id(folder / part / "model.onnx") for part in ("unet", "text_encoder"))
+        self.edit_id = edit.id if edit is not None else next(filter(None, carried), None)
         edited = {"unet": edited_values(folder, edit)} if edit is not None else {}
 
-        def load(component: str, inputs: Sequence[str], output: str) -> OnnxComponent:
+        def load(component: str, inputs: Sequence[str], output: str, optional: Sequence[str] = ()) -> OnnxComponent:
             return OnnxComponent(
                 folder,
                 component,
                 inputs=inputs,
+                optional=optional,
                 output=output,
                 provider=provider,
                 threads=threads,
@@ -79,7 +86,9 @@ class OnnxRuntime:
             )
 
         self._text_encoder = load("text_encoder", ["input_ids"], "last_hidden_state")
-        self._unet = load("unet", ["sample", "timestep", "encoder_hidden_states"], "out_sample")
+        self._unet = load("unet", ["sample", "timestep", "encoder_hidden_states"], "out_sample", [EDIT_INDEX])
+        if self._unet.takes(EDIT_INDEX) != (self.bank is not None):
+            raise ArtefactError(f"{folder}/unet/model.onnx is half a bank of edits: make the bank again")
         self._vae_decoder = load("vae_decoder", ["latent_sample"], "sample")
         self.tokenizer = PromptTokenizer(
             folder / "tokenizer", max_length=self._text_encoder.config.get("max_position_embeddings")
@@ -169,6 +178,7 @@ class OnnxRuntime:
     ) -> Iterator[Array]:
         """The final latents, batch by batch."""
         check_requests(requests, guidance_scale)
+        edits = self._edit_indices(requests)
         calls = len(self.scheduler.start(steps).timesteps)
         if not requests:
             return
@@ -184,7 +194,7 @@ class OnnxRuntime:
                     progress(before + done, total * len(starts))
 
             yield denoise(
-                self.predict,
+                partial(self.predict, edit_index=None if edits is None else edits[chosen]),
                 self.scheduler,
                 initial_latents(requests[chosen], self.latent_shape),
                 prompt_embeds[chosen],
@@ -195,16 +205,34 @@ class OnnxRuntime:
                 on_step=on_step,
             )
 
-    def predict(self, sample: Array, timestep: float, encoder_hidden_states: Array) -> Array:
+    def _edit_indices(self, requests: Sequence[Request]) -> npt.NDArray[np.int64] | None:
+        """Indices of the requests' edits, shape (n); None without a bank."""
+        if self.bank is not None:
+            return edit_indices(self.bank, [request.edit for request in requests])
+        for request in requests:
+            if request.edit not in (None, self.edit_id):
+                raise UsageError(f"edit={request.edit!r}: {self.folder} holds no bank of edits, and not this one")
+        return None
+
+    def predict(
+        self,
+        sample: Array,
+        timestep: float,
+        encoder_hidden_states: Array,
+        edit_index: npt.NDArray[np.int64] | None = None,
+    ) -> Array:
         """The UNet's output, float32 with the shape of ``sample`` (b, c, h, w), for text embeddings (b, t, d).
 
-        ``timestep`` is a scalar in Optimum's exports and a vector in some others.
+        ``timestep`` is a scalar in Optimum's exports and a vector in some others. A bank needs ``edit_index``, for b
+        rows or for b / 2, which guidance then repeats.
         """
+        chosen = {} if edit_index is None else {EDIT_INDEX: np.tile(edit_index, len(sample) // len(edit_index))}
         shape = () if self._unet.rank("timestep") == 0 else (self._unet.width("timestep", 0) or len(sample),)
         return self._unet(
             sample=sample,
             timestep=np.full(shape, timestep),
             encoder_hidden_states=encoder_hidden_states,
+            **chosen,
         )
 
 

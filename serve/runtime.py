@@ -12,12 +12,16 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Request:
-    """One image to generate. ``(seed, index)`` fixes its initial latents whatever batch it is in."""
+    """One image to generate. ``(seed, index)`` fixes its initial latents whatever batch it is in.
+
+    ``edit`` is the id of one of a bank's edits; None is the base of a bank that has it, or the model as it is.
+    """
 
     prompt: str
     negative_prompt: str = ""
     seed: int = 0
     index: int = 0
+    edit: str | None = None
 
 
 #: Called after each denoising step with (steps done, steps in all).
