@@ -18,6 +18,8 @@ $(INSTALLED): pyproject.toml constraints.txt $(MODULES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edit,export,eval,dev]' \
 	    --config-settings editable_mode=strict
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt tensorrt-rtx \
+	    || echo "no tensorrt-rtx for this machine: the tests that build engines will be skipped"
 	@touch $@
 
 setup: $(INSTALLED) ## install excise with everything that the tests need into .venv

@@ -12,7 +12,9 @@ import click
 from excise import __version__
 from excise.cli_bank import bank, fuse
 from excise.cli_edit import apply, edit, import_checkpoint, stack, sweep
-from excise.console import force_option, json_option, needs, result, say
+from excise.cli_engine import engines
+from excise.cli_export import export, patch
+from excise.console import json_option, needs, result, say
 from excise.errors import ExciseError
 
 
@@ -59,69 +61,6 @@ def demo(out: Path, onnx: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("model")
-@click.option("--edit", "edit_file", type=click.Path(path_type=Path), help="The edit to export the model with.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@force_option
-@json_option
-def export(model: str, edit_file: Path | None, out: Path, force: bool, as_json: bool) -> None:
-    """Export MODEL to ONNX (float32) through Optimum, with the manifest excise.json.
-
-    \b
-    Example:
-      excise export SD_FOLDER --edit nudity.safetensors --out sd-onnx
-    """
-    from excise.editfile import load_edit
-
-    with needs():
-        from excise.edit.model_folder import resolve
-        from excise.export.onnx_export import export_pipeline
-    loaded = load_edit(edit_file) if edit_file else None
-    manifest = export_pipeline(resolve(model), out, edit=loaded, force=force, progress=say)
-    result(
-        {"onnx": str(out), "manifest": manifest.model_dump(mode="json")},
-        f"{out}\n  {len(manifest.files)} files; edit {loaded.id[:12] + ': ' + loaded.summary if loaded else 'none'}",
-        as_json,
-    )
-
-
-@cli.command()
-@click.argument("onnx_dir", type=click.Path(path_type=Path))
-@click.option("--edit", "edit_file", required=True, type=click.Path(path_type=Path), help="The edit to put in.")
-@click.option("--out", type=click.Path(path_type=Path), help="A new folder; by default ONNX_DIR is replaced.")
-@click.option("--copy", is_flag=True, help="Copy unchanged files in place of hard links.")
-@force_option
-@json_option
-def patch(onnx_dir: Path, edit_file: Path, out: Path | None, copy: bool, force: bool, as_json: bool) -> None:
-    """Put another edit into ONNX_DIR without exporting again.
-
-    The result is what an export with the edit would be: only the weights that an edit can move are written, from their
-    unedited values, which lie beside the model. Everything else is shared by hard links. ONNX_DIR is replaced in one
-    step: whatever happens, it holds the old model or the new one, whole.
-
-    A folder that plain Optimum wrote is converted on the way (its weights are taken for the unedited ones).
-
-    ONNX Runtime and TensorRT read hard links; the onnx package from 1.21 on refuses them: use --copy for that.
-
-    \b
-    Examples:
-      excise patch sd-onnx --edit nudity.safetensors
-      excise patch sd-onnx --edit van-gogh.safetensors --out sd-onnx-van-gogh
-    """
-    from excise.editfile import load_edit
-    from excise.export.patch import patch as write_patch
-
-    loaded = load_edit(edit_file)
-    manifest = write_patch(onnx_dir, loaded, out=out, force=force, link=not copy, progress=say)
-    place = onnx_dir if out is None else out
-    result(
-        {"onnx": str(place), "manifest": manifest.model_dump(mode="json")},
-        f"{place}\n  edit {loaded.id[:12]}: {loaded.summary}; parity isn't measured by a patch",
-        as_json,
-    )
-
-
-@cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="Tell what PATH (a model folder or a checkpoint) changes of MODEL.")
 @json_option
@@ -153,7 +92,7 @@ def inspect(path: Path, base: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for _command in (edit, apply, stack, import_checkpoint, sweep, bank, fuse):
+for _command in (edit, apply, stack, import_checkpoint, sweep, export, patch, bank, fuse, engines):
     cli.add_command(_command)
 
 

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from excise.cli_recipe import number, recipe_options, resolved
+from excise.cli_solve import cache_option, device_option, running_options, solve, stage_lines
 from excise.console import force_option, json_option, needs, result, say
 from excise.errors import UsageError
-
-if TYPE_CHECKING:
-    from excise.edit.auto_epochs import Probe
-    from excise.edit.recipe import Recipe
-    from excise.editfile import Edit
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-device_option = click.option(
-    "--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1, …"
-)
-cache_option = click.option("--no-cache", is_flag=True, help="Neither read nor write cached embeddings.")
-
-
-def running_options(function: F) -> F:
-    """Where an edit is computed, what is measured, and how RECE's epochs are judged."""
-    texts: dict[str, Any] = {"multiple": True, "metavar": "TEXT"}
-    options = [
-        device_option,
-        click.option("--no-certificate", is_flag=True, help="Don't measure how well the concept can be brought back."),
-        cache_option,
-        click.option("--detector", metavar="clip:DIR", help="Judge RECE's epochs by pictures; clip:demo is bundled."),
-        click.option("--detector-label", "detector_labels", help="What counts; else what is erased.", **texts),
-        click.option(
-            "--detector-other", "detector_others", help="What doesn't; else targets and what is kept.", **texts
-        ),
-        click.option("--detector-images", type=int, default=4, show_default=True, help="Pictures for each concept."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
 
 
 @click.command()
@@ -97,9 +65,9 @@ def edit(
     check_free(out)
     if curve is not None:
         _check_picture(curve)
-    made = _solve(model, recipe, device, certificate=not no_certificate, cached=not no_cache, judging=judging)
+    made = solve(model, recipe, device, certificate=not no_certificate, cached=not no_cache, judging=judging)
     save_edit(out, made)
-    lines = [f"{out}", f"  id      {made.id}", f"  {made.summary}", *_stage_lines(made)]
+    lines = [f"{out}", f"  id      {made.id}", f"  {made.summary}", *stage_lines(made)]
     if curve is not None:
         with needs("eval"):
             from excise.edit.curves import draw_stages
@@ -115,45 +83,6 @@ def _check_picture(path: Path) -> None:
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{path} must end in .png, .svg or .pdf")
     check_free(path)
-
-
-def _solve(
-    model: str, recipe: Recipe, device: str, *, certificate: bool, cached: bool, judging: dict[str, Any] | None = None
-) -> Edit:
-    with needs():
-        from excise.edit.cache import EmbeddingCache, default_folder
-        from excise.edit.erase import erase
-        from excise.edit.model_folder import resolve
-    cache = EmbeddingCache(default_folder(say) if cached else None, say=say)
-    folder = resolve(model)
-    probe = _probe(folder, recipe, device, judging) if judging else None
-    return erase(folder, recipe, device=device, certificate=certificate, cache=cache, probe=probe, progress=say)
-
-
-def _probe(folder: Path, recipe: Recipe, device: str, judging: dict[str, Any]) -> Probe | None:
-    """RECE's epochs judged by pictures, where a detector is given."""
-    if judging["detector"] is None:
-        if judging["labels"] or judging["others"]:
-            raise UsageError("--detector-label and --detector-other need --detector clip:DIR")
-        return None
-    with needs("eval"):
-        from excise.edit.model_folder import read_sites
-        from excise.edit.site_selection import selection
-        from excise.eval.epoch_probe import clip_probe
-        from excise.export.pipeline import load_pipeline
-    sites = read_sites(folder, select=selection(recipe, folder, values_only=False))
-    return clip_probe(recipe, sites, lambda: load_pipeline(folder), device=device, **judging)
-
-
-def _stage_lines(made: Edit) -> list[str]:
-    """The figures of each stage, for people."""
-    lines = []
-    for stage in made.metadata.stages:
-        margin = "" if stage.margin is None else f"margin {stage.margin:.3f}  "
-        left_out = "" if stage.accepted else "  (left out: the margin gains too little, or nothing is detected)"
-        shown = "" if stage.detected is None else f"  detected {stage.detected:.0%}"
-        lines.append(f"  {stage.stream} {stage.stage:<9} {margin}kept moved {stage.moved:.2e}{shown}{left_out}")
-    return lines
 
 
 @click.command()
@@ -284,21 +213,24 @@ def sweep(model: str, ridges: str, device: str, no_cache: bool, out: Path, as_js
     values = [number("--ridges", text) for text in ridges.split(",") if text.strip()]
     if not values:
         raise UsageError("--ridges is empty: give one or more values of λ, such as 1e-3,1e-1")
+    # By name: what is the same to six digits is one.
+    recipes = {f"{value:g}": resolved({**options, "ridge": value}) for value in values}
+    if any(recipe.method != "rece" or recipe.epochs == 0 for recipe in recipes.values()):
+        raise UsageError("--ridges are values of RECE's λ: give --method rece, and --epochs 1 or more or auto")
     with needs("eval"):
         from excise.edit.curves import draw_sweep
     with new_folder(out) as folder:
         points = []
-        for value in values:
-            say(f"λ = {value:g}")
-            recipe = resolved({**options, "ridge": value})
-            made = _solve(model, recipe, device, certificate=True, cached=not no_cache)
-            name = f"ridge-{value:g}.safetensors"
+        for value, recipe in recipes.items():
+            say(f"λ = {value}")
+            made = solve(model, recipe, device, certificate=True, cached=not no_cache)
+            name = f"ridge-{value}.safetensors"
             save_edit(folder / name, made)
             last = [stage for stage in made.metadata.stages if stage.accepted][-1]
             points.append(
-                {"ridge": value, "margin": last.margin, "moved": last.moved, "stage": last.stage, "edit": name}
+                {"ridge": recipe.ridge, "margin": last.margin, "moved": last.moved, "stage": last.stage, "edit": name}
             )
         (folder / "sweep.json").write_text(json.dumps({"points": points}, indent=2) + "\n")
         draw_sweep(folder / "sweep.png", points)
-    lines = [f"  λ = {p['ridge']:<8g} margin {p['margin']:.3f}  kept moved {p['moved']:.2e}" for p in points]
+    lines = [f"  λ = {p['ridge']:<8g} margin {p['margin']:.4f}  kept moved {p['moved']:.2e}" for p in points]
     result({"folder": str(out), "points": points}, "\n".join([str(out), *lines]), as_json)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 FORMAT_VERSION: Final = 2
 
@@ -16,6 +16,21 @@ LISTED = 1000
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Grown(_Frozen):
+    """A part of the document that has grown by the optional fields ``GROWN``.
+
+    Where they say nothing they aren't written: an edit's id is a digest of the document, and a file that was made
+    before they were there keeps its id.
+    """
+
+    GROWN: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = handler(self)
+        return {name: value for name, value in document.items() if value is not None or name not in self.GROWN}
 
 
 class Erased(_Frozen):
@@ -72,13 +87,14 @@ class Certified(_Frozen):
     tokens: tuple[tuple[float, ...], ...] = ()
 
 
-class StageFigures(_Frozen):
+class StageFigures(_Grown):
     """One stage of the method, in one stream: UCE's, an epoch of RECE, or all of another method.
 
     ``residual`` is how badly the edit *before* an epoch regenerates the concept without a bound (0: entirely);
     ``margin`` how badly within 1× the tokens' norm after it; ``moved`` is the relative movement of the kept prompts
-    after it; ``detected`` the share of pictures generated from its derived embedding that show the concept, where a
-    detector was given. An epoch that was tried and left out isn't ``accepted``.
+    after it. Where a detector was given, ``detected`` is the share of pictures that show the concept, generated from
+    the epoch's derived embedding by the model *before* it; ``detected_after`` the same of what is derived after it,
+    where the number of epochs was left to the detector. An epoch that was tried and left out isn't ``accepted``.
     """
 
     stage: str
@@ -88,13 +104,49 @@ class StageFigures(_Frozen):
     moved: float
     detected: float | None = None
     accepted: bool = True
+    detected_after: float | None = None
+
+    GROWN: ClassVar[tuple[str, ...]] = ("detected_after",)
 
 
-class EditMetadata(_Frozen):
+class Detection(_Frozen):
+    """What stands behind every ``detected`` share: pictures from derived embeddings, and what names what they show.
+
+    ``detector`` is its kind and how it decides; ``fingerprint`` the SHA-256 over its weights and settings, wherever
+    they lie. A picture counts where the detector names one of ``labels``, not one of ``others``. There is one picture
+    of each of ``concepts`` (some of many, evenly spread) for each of ``seeds``: ``pictures`` for every share.
+    """
+
+    detector: str
+    fingerprint: str
+    labels: tuple[str, ...]
+    others: tuple[str, ...]
+    concepts: tuple[str, ...] = ()
+    pictures: int = 0
+    seeds: tuple[int, ...]
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+class StopRule(_Frozen):
+    """Who ended the run of ``epochs: auto``, by which thresholds: ``excise.edit.auto_epochs`` says how.
+
+    ``gain`` is the rise of the margin below which an epoch isn't worth any movement of what is kept, where the margin
+    alone decides; ``most`` the number of epochs that are tried.
+    """
+
+    judge: Literal["margin", "detector"]
+    gain: float
+    most: int
+
+
+class EditMetadata(_Grown):
     """Everything that made the edit, as stored in the file.
 
     ``recipe`` is the whole resolved recipe. ``on`` names the edits that the model carried already, in order. ``parts``
-    are the edits that a stack was made of, in order, by id. ``source`` describes an imported checkpoint.
+    are the edits that a stack was made of, in order, by id. ``source`` describes an imported checkpoint. ``detection``
+    and ``stop_rule`` stand behind the stages where there was a detector, or where ``epochs`` was auto.
     """
 
     format_version: Literal[2] = FORMAT_VERSION
@@ -116,3 +168,7 @@ class EditMetadata(_Frozen):
     source: dict[str, Any] | None = None
     stages: tuple[StageFigures, ...] = ()
     certificate: tuple[Certified, ...] = ()
+    detection: Detection | None = None
+    stop_rule: StopRule | None = None
+
+    GROWN: ClassVar[tuple[str, ...]] = ("detection", "stop_rule")

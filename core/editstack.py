@@ -38,8 +38,13 @@ def stack(edits: Sequence[Edit], weights: Mapping[str, Array]) -> Edit:
         try:
             current.update(edit.apply(current))
         except FingerprintMismatch as mismatch:
-            before = "the model" if number == 1 else f"what edit {number - 1} leaves"
-            raise FingerprintMismatch(f"edit {number} ({edit.id[:12]}) wasn't made for {before}: {mismatch}") from None
+            before, remedy = "the model", "name the one that it was made for"
+            if number > 1:
+                before, remedy = f"what edit {number - 1} leaves", "make it for the folder that excise apply wrote"
+            reason = str(mismatch).partition(": ")[0]
+            raise FingerprintMismatch(
+                f"edit {number} ({edit.id[:12]}) wasn't made for {before} ({reason}): {remedy}"
+            ) from None
     streams, tensors = _transforms(edits, sites)
     deltas = _deltas(edits, sites)
     first = edits[0].metadata

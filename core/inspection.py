@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.editfile import load_edit
+from excise.enginefile import ENGINE, check_engine
 from excise.errors import UsageError
 from excise.manifest import read_manifest, verify
 
@@ -26,6 +27,8 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
         lines += [f"  part      {part}: {inner.method}" for part, inner in metadata.parts]
         lines += [
             f"  {stage.stream} {stage.stage}: margin {_number(stage.margin)}, kept moved {stage.moved:.2e}"
+            + ("" if stage.detected is None else f", detected {stage.detected:.0%}")
+            + ("" if stage.detected_after is None else f" → {stage.detected_after:.0%}")
             + ("" if stage.accepted else " (left out)")
             for stage in metadata.stages
         ]
@@ -36,6 +39,8 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
         raise UsageError(f"{path} doesn't exist: name an edit file or an exported folder")
     manifest = read_manifest(path)
     problems = verify(path)
+    for engine in sorted(path.glob(f"*/{ENGINE}")):
+        problems += check_engine(engine)
     lines = [f"{path}: {manifest.kind}, {len(manifest.files)} files"]
     lines += (
         [f"  edit      {manifest.edit.id}", f"  {manifest.edit.summary}"] if manifest.edit else ["  edit      none"]

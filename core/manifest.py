@@ -258,7 +258,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = "has no excise.json: it wasn't written by excise export" if folder.exists() else "doesn't exist"
+        what = (
+            "has no excise.json: it isn't an exported folder that excise wrote (a model: excise inspect --base)"
+            if folder.exists()
+            else "doesn't exist"
+        )
         raise ArtefactError(f"{folder} {what}") from error
     except OSError as error:
         raise ArtefactError(f"{path} can't be read: {error.strerror}") from error

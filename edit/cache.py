@@ -36,7 +36,6 @@ LIMIT = 2 * 10**9
 
 #: Prompts after which a sum of many is written: what a killed run loses at most.
 CHUNK = 256
-
 #: Prompts looked up, and passed to the encoder, at a time; and those multiplied at a time, of 5 MB (SD) to 130 (T5).
 _BATCH, _PRODUCT = 64, 8
 
@@ -155,11 +154,10 @@ S_co = TypeVar("S_co", covariant=True)
 class Encoder(Protocol[S_co]):
     """What turns prompts into the segments of each stream, in order.
 
-    A segment has ``tokens`` with shape (t, d) and ``length``, the number of the prompt's own.
+    A segment has ``tokens`` with shape (t, d), ``length``, the number of the prompt's own, and ``start``, those of them
+    that come before its words.
     """
 
-    @property
-    def fingerprint(self) -> str: ...
     def embed(self, prompts: Sequence[str], /) -> Iterator[Mapping[str, tuple[S_co, ...]]]: ...
 
 
@@ -182,15 +180,17 @@ class CachedEncoder(Generic[S]):
         build: Callable[[], Encoder[S]],
         fingerprint: str,
         cache: EmbeddingCache,
-        make: Callable[[npt.NDArray[np.float32], int], S],
+        make: Callable[[npt.NDArray[np.float32], int, int], S],
         *,
         settings: str = "",
+        unchanged: Callable[[], bool] = lambda: True,
     ) -> None:
-        """``build`` makes the encoder, whose fingerprint is known without it, and ``make`` a segment from its tokens.
+        """``build`` makes the encoder, whose fingerprint is known without it, and ``make`` a segment from its parts.
 
-        ``settings`` is what else decides an embedding, such as the tokenizer and a token limit.
+        ``settings`` is what else decides an embedding, such as the tokenizer and a token limit. ``unchanged`` is asked
+        before anything new is used or stored: whether the files are still those of the fingerprint.
         """
-        self.fingerprint = fingerprint
+        self.fingerprint, self._unchanged = fingerprint, unchanged
         self._build, self._cache, self._make, self._settings = build, cache, make, settings
         self._built: Encoder[S] | None = None
 
@@ -198,16 +198,16 @@ class CachedEncoder(Generic[S]):
         """Each prompt's segments by stream, in order; a prompt is stored as soon as it is encoded.
 
         Raises:
-            ModelError: the encoder's fingerprint isn't the one that was given.
+            ModelError: the encoder's files aren't those that the fingerprint was taken of.
             PromptTooLong: as the encoder does.
         """
         for batch in batched(prompts, _BATCH):
-            found = {prompt: self._cache.get(self._key("embedding 1", prompt)) for prompt in dict.fromkeys(batch)}
+            found = {prompt: self._cache.get(self._key("embedding 2", prompt)) for prompt in dict.fromkeys(batch)}
             missing = [prompt for prompt, arrays in found.items() if arrays is None]
             if missing:
-                for prompt, streams in zip(missing, self._encoder().embed(missing), strict=True):
+                for prompt, streams in zip(missing, self._encoded(missing), strict=True):
                     found[prompt] = arrays = _arrays(streams)
-                    self._cache.put(self._key("embedding 1", prompt), arrays)
+                    self._cache.put(self._key("embedding 2", prompt), arrays)
             for prompt in batch:
                 yield self._streams(found[prompt] or {})
 
@@ -234,7 +234,7 @@ class CachedEncoder(Generic[S]):
             count += len(chunk)
             if number <= done:
                 continue
-            for name, gram in _gram(self._encoder().embed(chunk)).items():
+            for name, gram in _gram(self._encoded(chunk)).items():
                 sums[name] = sums.get(name, 0.0) + gram
             if self._cache.put(key, sums) and number > done + 1 and len(chunk) == CHUNK:
                 self._cache.delete(keys[number - 2])
@@ -250,30 +250,31 @@ class CachedEncoder(Generic[S]):
             key = self._key("gram 1", key, *chunk)
             yield key, chunk
 
-    def _encoder(self) -> Encoder[S]:
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[Mapping[str, tuple[S, ...]]]:
         self._built = self._built or self._build()
-        if self._built.fingerprint != self.fingerprint:
-            raise ModelError("the text encoder's files changed while they were read: run it again")
-        return self._built
+        for streams in self._built.embed(prompts):
+            if not self._unchanged():
+                raise ModelError("the text encoder's files changed while they were read: run it again")
+            yield streams
 
     def _key(self, *parts: str) -> str:
         return key_of(parts[0], self.fingerprint, self._settings, *parts[1:])
 
     def _streams(self, arrays: Mapping[str, Array]) -> dict[str, tuple[S, ...]]:
         return {
-            name.removeprefix("lengths."): tuple(
-                self._make(arrays[name.replace("lengths", f"tokens.{index}", 1)].copy(), int(length))
-                for index, length in enumerate(lengths)
+            name.removeprefix("spans."): tuple(
+                self._make(arrays[name.replace("spans", f"tokens.{index}", 1)].copy(), int(length), int(start))
+                for index, (length, start) in enumerate(spans)
             )
-            for name, lengths in arrays.items()
-            if name.startswith("lengths.")
+            for name, spans in arrays.items()
+            if name.startswith("spans.")
         }
 
 
 def _arrays(streams: Mapping[str, tuple[Any, ...]]) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for name, parts in streams.items():
-        arrays[f"lengths.{name}"] = np.array([part.length for part in parts], dtype=np.int64)
+        arrays[f"spans.{name}"] = np.array([(part.length, part.start) for part in parts], dtype=np.int64)
         arrays |= {f"tokens.{n}.{name}": np.asarray(part.tokens, dtype=np.float32) for n, part in enumerate(parts)}
     return arrays
 

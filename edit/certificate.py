@@ -6,15 +6,9 @@ For one token ``c``, edited weights ``W_i T_i`` and a ball of radius r, the marg
 
 0 is a concept that some embedding brings back entirely, 1 one that nothing brings back any better than ``c' = 0`` does.
 It is RECE's eq. 7 (Gong et al., ECCV 2024, arXiv 2407.12383) with a bound on the norm in place of a ridge: a convex
-trust-region problem with ``A = Σ T_iᵀ W_iᵀ W_i T_i`` and ``b = Σ T_iᵀ W_iᵀ W_i c``. Its solution is (Moré and
-Sorensen, *Computing a trust region step*, SIAM J. Sci. Stat. Comput. 4(3), 1983)
+trust-region problem with ``A = Σ T_iᵀ W_iᵀ W_i T_i`` and ``b = Σ T_iᵀ W_iᵀ W_i c``, which ``trust_region.py`` solves:
 
     (A + μ I) c' = b    with μ ≥ 0, ‖c'‖ ≤ r and μ (r − ‖c'‖) = 0
-
-With ``A = V diag(λ) Vᵀ``, computed once, and ``β = Vᵀ b``, the multiplier of every token and radius is 0 or the root of
-``1 / ‖β / (λ + μ)‖ = 1 / r``, whose left side is concave and increasing: Newton's iteration from a lower bound climbs
-to the root and never passes it (Conn, Gould and Toint, *Trust-Region Methods*, 2000, section 7.3). The hard case needs
-a negative λ, and here there is none.
 
 Each figure comes with its gap. By convexity no ``x`` in the ball has an objective that is lower by more than
 ``μ (r² − ‖c'‖²) + 2 ‖ρ‖ (r + ‖c'‖)``, where ``ρ = b − A c' − μ c'`` is what is left of the equation: whatever the
@@ -30,86 +24,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from excise.edit.cholesky import finite, is_finite
+from excise.edit.cholesky import finite
 from excise.edit.gram import gram as gram_of
 from excise.edit.tokens import rows, width
 from excise.edit.transform import Transform
-from excise.errors import NumericsError, UsageError
+from excise.edit.trust_region import EPS, Spectrum, check, quotient
+from excise.errors import UsageError
 
-__all__ = ["RADII", "Margin", "certify", "certify_normal", "certify_weights", "trust_region"]
+__all__ = ["RADII", "Margin", "certify", "certify_normal", "certify_weights"]
 
 #: Multiples of each token's own norm.
 RADII = (1.0, 2.0, 4.0)
 
-_EPS = torch.finfo(torch.float64).eps
-#: Newton's iterations; 11 is the most over 9·10⁴ random problems with conditions up to 10¹⁶.
-_ITERATIONS = 100
 #: Numbers in a block of (tokens, radii, d): 32 MB.
 _BLOCK = 2**22
 
 #: ``Σ‖W_i T_i x − W_i c‖²`` with shape (n, k) and ``b − A x`` with shape (n, k, d), for ``x`` and a range of tokens.
 _Evaluate = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class _Spectrum:
-    """``A = V diag(λ) Vᵀ``.
-
-    Attributes:
-        values: λ ≥ 0 with shape (d,).
-        vectors: V with shape (d, d), one vector a column.
-    """
-
-    values: Tensor
-    vectors: Tensor
-
-    @classmethod
-    def of(cls, normal: Tensor) -> _Spectrum:
-        """Of the symmetric ``normal`` (d, d). Raises ``UsageError`` where it isn't positive semidefinite."""
-        if not is_finite(normal):
-            raise NumericsError("the edited weights hold inf or nan: look for inf or nan in the model or the edit")
-        values, vectors = torch.linalg.eigh(normal)
-        if bool(values[0] < -1e-8 * values.abs().max()):
-            raise UsageError(f"a normal matrix with an eigenvalue of {values[0]:g}: give Σ TᵀWᵀW T, with none below 0")
-        return cls(values.clamp(min=0), vectors)
-
-    def coefficients(self, right: Tensor) -> Tensor:
-        """``β`` with shape (n, d) for ``b`` with shape (n, d), 0 where both λ and β are rounding error.
-
-        β is at most ``√λ`` times the size of the concept, so that a direction whose λ is lost may well have a β that
-        isn't: that one counts. Where A is clearly singular what remains is the solution of least norm.
-        """
-        beta = right @ self.vectors
-        floor = len(self.values) * _EPS
-        lost = (self.values <= floor * self.values[-1]) & (beta.abs() <= floor * right.norm(dim=1, keepdim=True))
-        return beta.masked_fill(lost, 0)
-
-    def multipliers(self, beta: Tensor, radius: Tensor) -> Tensor:
-        """μ with shape (n, k) for ``beta`` with shape (n, d) and ``radius`` with shape (n, k).
-
-        In units in which the largest λ is 1 and r is 1, every ``|β_j| ≤ λ_j + μ`` and ``‖β‖ ≤ 1 + μ``: that is where
-        the iteration starts, so that no term exceeds 1 and nothing is divided by 0.
-        """
-        scale = float(self.values[-1]) or 1.0
-        values = self.values / scale
-        scaled = torch.where(radius[..., None] > 0, beta[:, None] / scale / radius[..., None], 0.0)
-        mu = torch.maximum((scaled.abs() - values).amax(dim=2), scaled.norm(dim=2) - 1).clamp(min=0)
-        for _ in range(_ITERATIONS):
-            shifted = values + mu[..., None]
-            terms = _quotient(scaled, shifted)
-            norm = terms.norm(dim=2)
-            slope = _quotient(terms.square(), shifted).sum(dim=2)
-            step = _quotient(norm.square() * (norm - 1), slope)
-            climbing = (norm > 1 + 8 * _EPS) & (step > 2 * _EPS * mu)
-            if not bool(climbing.any()):
-                return mu * scale
-            mu = torch.where(climbing, mu + step, mu)
-        raise NumericsError(f"the secular equation isn't solved after {_ITERATIONS} iterations: look for a huge token")
-
-    def points(self, beta: Tensor, radius: Tensor, multipliers: Tensor) -> Tensor:
-        """``c'`` with shape (n, k, d), scaled back to the radius where rounding put it outside."""
-        point = _quotient(beta[:, None], self.values + multipliers[..., None]) @ self.vectors.T
-        return point * _quotient(radius, point.norm(dim=2)).clamp(max=1)[..., None]
 
 
 @dataclass(frozen=True)
@@ -129,14 +60,14 @@ class Margin:
     gaps: Tensor
     sizes: Tensor
     multipliers: Tensor
-    _spectrum: _Spectrum = field(repr=False)
+    _spectrum: Spectrum = field(repr=False)
     _right: Tensor = field(repr=False)
     _radius: Tensor = field(repr=False)
 
     @property
     def total(self) -> Tensor:
         """All tokens together, with shape (k,): the sum of the numerators over the sum of the denominators."""
-        return _quotient((self.errors * self.sizes[:, None]).sum(dim=0), self.sizes.sum())
+        return quotient((self.errors * self.sizes[:, None]).sum(dim=0), self.sizes.sum())
 
     @property
     def worst(self) -> Tensor:
@@ -181,7 +112,7 @@ def certify(gram: Tensor, transform: Tensor, tokens: Tensor, *, radii: Sequence[
     cross = gram @ transform
     sizes = ((concept @ gram) * concept).sum(dim=1)
     # Rounding error is all that is left of a token in the null space of G.
-    sizes = sizes.where(sizes > _EPS * gram.norm() * concept.square().sum(dim=1), 0.0)
+    sizes = sizes.where(sizes > EPS * gram.norm() * concept.square().sum(dim=1), 0.0)
 
     def evaluate(points: Tensor, block: slice) -> tuple[Tensor, Tensor]:
         missed = concept[block, None] - points @ transform.T
@@ -206,7 +137,7 @@ def certify_normal(
         UsageError: a shape, a negative eigenvalue, or radii that aren't positive and finite.
         NumericsError: inf or nan.
     """
-    _check(normal, right)
+    check(normal, right)
     concept = rows(tokens, len(normal)).to(normal.device)
     if len(concept) != len(right) or sizes.shape != right.shape[:1]:
         raise UsageError(f"{len(concept)} tokens and sizes of {tuple(sizes.shape)}: give one for each of {len(right)}")
@@ -246,28 +177,6 @@ def certify_weights(
     return certify_normal(normal, right, sizes, concept, radii=radii)
 
 
-def trust_region(normal: Tensor, right: Tensor, radius: Tensor) -> Tensor:
-    """``argmin over ‖x‖ ≤ r of xᵀ A x − 2 bᵀ x`` with shape (n, k, d), of least norm where A is clearly singular.
-
-    Args:
-        normal: ``A`` with shape (d, d), float64, symmetric and positive semidefinite.
-        right: ``b`` with shape (n, d), float64, in the range of A; a part outside it is met on the sphere.
-        radius: ``r`` with shape (n, k), float64, 0 or more.
-
-    Raises:
-        UsageError: a shape, a negative eigenvalue, or a radius that is negative or not finite.
-        NumericsError: inf or nan.
-    """
-    _check(normal, right)
-    if radius.ndim != 2 or len(radius) != len(right):
-        raise UsageError(f"radii of shape {tuple(radius.shape)}: give ({len(right)}, k)")
-    if not is_finite(radius) or bool((radius < 0).any()):
-        raise UsageError("a radius is negative or not finite: give the norms that the embeddings may have")
-    spectrum = _Spectrum.of(normal)
-    beta = spectrum.coefficients(right)
-    return finite(spectrum.points(beta, radius, spectrum.multipliers(beta, radius)))
-
-
 def _margin(
     normal: Tensor, right: Tensor, sizes: Tensor, tokens: Tensor, radii: Sequence[float], evaluate: _Evaluate
 ) -> Margin:
@@ -275,7 +184,7 @@ def _margin(
     radii = tuple(float(multiple) for multiple in radii)
     if not radii or not all(math.isfinite(multiple) and multiple > 0 for multiple in radii):
         raise UsageError(f"radii = {radii}: give one or more positive multiples of a token's norm")
-    spectrum = _Spectrum.of(normal)
+    spectrum = Spectrum.of(normal)
     radius = tokens.norm(dim=1, keepdim=True) * tokens.new_tensor(radii)
     errors, gaps, multipliers = (torch.zeros_like(radius) for _ in range(3))
     length = max(1, _BLOCK // (len(radii) * len(normal)))
@@ -289,19 +198,6 @@ def _margin(
         norm = points.norm(dim=2)
         left = (descent - mu[..., None] * points).norm(dim=2)
         gap = mu * (bound.square() - norm.square()).clamp(min=0) + 2 * left * (bound + norm)
-        errors[block] = _quotient(squares, sizes[block, None])
-        gaps[block] = _quotient(gap, sizes[block, None])
+        errors[block] = quotient(squares, sizes[block, None])
+        gaps[block] = quotient(gap, sizes[block, None])
     return Margin(radii, finite(errors), finite(gaps), sizes, multipliers, spectrum, right, radius)
-
-
-def _quotient(above: Tensor, below: Tensor) -> Tensor:
-    """``above / below``, and 0 where ``below`` isn't positive."""
-    return torch.where(below > 0, above / below, 0.0)
-
-
-def _check(normal: Tensor, right: Tensor) -> None:
-    dim = len(normal)
-    if normal.shape != (dim, dim) or right.ndim != 2 or right.shape[1] != dim:
-        raise UsageError(f"a system of shapes {tuple(normal.shape)} and {tuple(right.shape)}: give (d, d) and (n, d)")
-    if not is_finite(right):
-        raise NumericsError("the concept's right-hand side holds inf or nan: look for inf or nan in the model")

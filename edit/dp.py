@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from excise.edit.cholesky import finite
-from excise.edit.tokens import Concept, Rule, last_subject_pairs, rows
+from excise.edit.tokens import Concept, Rule, last_subject_pairs, rank, rows
 from excise.edit.transform import Step, Transform
 from excise.errors import NumericsError, UsageError
 
@@ -36,7 +36,7 @@ def dp(
     concepts: Sequence[Concept],
     kept: Iterable[Tensor],
     *,
-    rank_tolerance: float = 1e-12,
+    rank_tolerance: float | None = None,
     reach_tolerance: float = 1e-6,
     rule: Rule = last_subject_pairs,
 ) -> Transform:
@@ -46,10 +46,12 @@ def dp(
         concepts: what to erase, and its target: all the target's tokens span this concept's safe subspace ``S``.
         kept: token matrices with shape (n, d), read once. Memory is O(d²). They must leave directions free: no more
             than d − 1 tokens in all, or tokens of lower rank.
-        rank_tolerance: singular values of the kept or the safe tokens below this part of the largest count as 0. A
-            larger one frees directions that kept tokens hardly use, and lets them move by as much.
+        rank_tolerance: singular values of the kept or the safe tokens below this part of the largest count as 0; by
+            default those that a float32 text encoder's rounding accounts for (``excise.edit.tokens.rank``). A larger
+            one frees directions that kept tokens hardly use, and lets them move by as much.
         reach_tolerance: singular values of ``X`` below this part of ``C``'s largest count as 0: erasing by the small
-            part of a token that the kept ones leave over takes a step as large as that part is small.
+            part of a token that the kept ones leave over takes a step as large as that part is small. So do those below
+            what the kept tokens themselves have in the free directions: those would move as far as the concept.
         rule: which tokens of a concept are erased; only the first of its two matrices is read.
 
     Raises:
@@ -59,28 +61,33 @@ def dp(
     if not concepts:
         raise UsageError("no concept to erase: give at least one")
     for name, value in (("rank_tolerance", rank_tolerance), ("reach_tolerance", reach_tolerance)):
-        if not (math.isfinite(value) and 0 <= value < 1):
+        if value is not None and not (math.isfinite(value) and 0 <= value < 1):
             raise UsageError(f"{name} = {value:g}: give a part of the largest singular value, from 0 up to 1")
     dim, device = concepts[0].dim, concepts[0].tokens.device
-    free = free_basis(kept, dim, rank_tolerance, device=device)
+    free, kept_there = free_basis(kept, dim, rank_tolerance, device=device)
     sources, changes = [], []
     for index, concept in enumerate(concepts):
         tokens = rows(rule(concept)[0], dim).to(device)
-        if float((tokens @ free).norm()) <= reach_tolerance * float(tokens.norm()):
+        if float((tokens @ free).norm()) <= max(reach_tolerance * float(tokens.norm()), kept_there):
             raise NumericsError(f"concept {index} lies in the span of the kept tokens: keep fewer of them")
         sources.append(tokens)
         changes.append(onto_span(concept.target.to(device), tokens, rank_tolerance) - tokens)
     source, change = torch.cat(sources), torch.cat(changes)
     left, values, right = torch.linalg.svd(finite(source @ free), full_matrices=False)
-    rank = int((values > reach_tolerance * torch.linalg.matrix_norm(source, 2)).sum())
+    floor = max(reach_tolerance * float(torch.linalg.matrix_norm(source, 2)), kept_there)
+    used = int((values > floor).sum())
     # Both factors of the change keep kept tokens still: ``k U₂`` is 0 before anything is scaled up.
-    step = Step.low_rank(change.T @ (left[:, :rank] / values[:rank]), right[:rank] @ free.T)
+    step = Step.low_rank(change.T @ (left[:, :used] / values[:used]), right[:used] @ free.T)
     finite(step.shared)
     return Transform((step,), dim)
 
 
-def free_basis(kept: Iterable[Tensor], dim: int, tolerance: float, *, device: torch.device | str = "cpu") -> Tensor:
+def free_basis(
+    kept: Iterable[Tensor], dim: int, tolerance: float | None, *, device: torch.device | str = "cpu"
+) -> tuple[Tensor, float]:
     """``U₂`` with shape (d, k), orthonormal, float64: what is orthogonal to all rows of ``kept``; all where none are.
+
+    And the largest singular value that counted as 0, ``‖K U₂‖``: how much of the kept tokens there is all the same.
 
     Kept tokens are read once into a d × d triangle, by QR. ``KᵀK`` would square their condition and take directions
     that they use at 10⁻⁸ of the largest for free ones.
@@ -88,7 +95,7 @@ def free_basis(kept: Iterable[Tensor], dim: int, tolerance: float, *, device: to
     Args:
         kept: token matrices with shape (n, d).
         dim: d.
-        tolerance: singular values below this part of the largest count as 0.
+        tolerance: as ``rank_tolerance`` of ``dp``.
         device: where to work.
 
     Raises:
@@ -103,23 +110,28 @@ def free_basis(kept: Iterable[Tensor], dim: int, tolerance: float, *, device: to
             triangle = torch.linalg.qr(torch.cat([triangle, *pending]), mode="r").R
             pending = []
     _, values, right = torch.linalg.svd(finite(torch.cat([triangle, *pending])), full_matrices=True)
-    rank = int((values > tolerance * values.max()).sum()) if len(values) else 0
-    if rank == dim:
+    used = _rank(values, tolerance)
+    if used == dim:
         raise NumericsError(f"the kept tokens span all {dim} directions: keep fewer, or raise rank_tolerance")
-    basis: Tensor = right[rank:].T
-    return basis
+    return right[used:].T, max(values[used:].tolist(), default=0.0)
 
 
-def onto_span(safe: Tensor, tokens: Tensor, tolerance: float) -> Tensor:
+def onto_span(safe: Tensor, tokens: Tensor, tolerance: float | None) -> Tensor:
     """``c*`` of every row c of ``tokens`` (m, d): its orthogonal projection on the span of the rows of ``safe`` (n, d).
 
     Args:
         safe: rows may depend on one another.
         tokens: what to project.
-        tolerance: singular values of ``safe`` below this part of the largest count as 0.
+        tolerance: of ``safe``, as ``rank_tolerance`` of ``dp``.
     """
     given = rows(safe, tokens.shape[1])
     _, values, right = torch.linalg.svd(given, full_matrices=False)
-    basis = right[values > tolerance * values.max()]
+    basis = right[: _rank(values, tolerance)]
     projected: Tensor = tokens @ basis.T @ basis
     return projected
+
+
+def _rank(values: Tensor, tolerance: float | None) -> int:
+    if tolerance is None or not len(values):
+        return rank(values)
+    return int((values > tolerance * values[0]).sum())

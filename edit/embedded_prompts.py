@@ -105,7 +105,7 @@ class EmbeddedPrompts:
 
 def _concepts_of(concept: Embedded, target: Embedded, stream: str) -> Iterator[Concept]:
     for source, aim in zip(concept[stream], target[stream], strict=True):
-        yield Concept(source.tokens, aim.tokens, source.length, aim.length)
+        yield Concept(source.tokens, aim.tokens, source.length, aim.length, source.start)
 
 
 def _tokens(embedded: Embedded, stream: str) -> Tensor:

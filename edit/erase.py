@@ -9,7 +9,7 @@ import torch
 
 import excise
 from excise.edit.apply import carried
-from excise.edit.auto_epochs import Probe
+from excise.edit.auto_epochs import Probe, check_measured, detection_of, stop_rule
 from excise.edit.cache import CachedEncoder, EmbeddingCache
 from excise.edit.component_files import Float32
 from excise.edit.embedded_prompts import EmbeddedPrompts
@@ -19,7 +19,7 @@ from excise.edit.problem import Problem, Stage
 from excise.edit.recipe import Recipe
 from excise.edit.site_selection import selection
 from excise.edit.stream_arrays import stream_arrays
-from excise.edit.text import Embedding, load_encoder, text_fingerprint, text_settings
+from excise.edit.text import Embedding, load_encoder, text_fingerprint, text_settings, text_stamp
 from excise.editfile import Edit, fingerprint
 from excise.editmetadata import Certified, EditMetadata, Erased, Kept, StageFigures, Stream
 from excise.errors import UsageError
@@ -43,31 +43,35 @@ def erase(
         device: where embeddings are computed and the systems solved; the edit's arrays are NumPy's all the same.
         certificate: measure how well any bounded embedding regenerates each concept, and store it in the edit.
         cache: where embeddings outlive the process; None keeps none.
-        probe: judges RECE's epochs by pictures.
+        probe: judges RECE's epochs by pictures, and decides how many where the recipe says ``auto``.
         progress: told each step.
 
     Raises:
         UsageError: a recipe that can't be used with this model, a prompt over the token limit, an unknown device.
-        ModelError: a folder that is missing, incomplete or of an unknown family (NoCrossAttention: nothing to edit).
+        ModelError: a folder that is missing, incomplete, of an unknown family (NoCrossAttention: nothing to edit) or
+            written to meanwhile.
         NumericsError: the solve has no finite answer.
     """
     pairs = recipe.pairs()
     if not pairs:
         raise UsageError("nothing to erase: give --erase TEXT, or a preset or recipe that names its concepts")
-    method = METHODS[recipe.method]
+    method, automatic = METHODS[recipe.method], (recipe.method, recipe.epochs) == ("rece", "auto")
+    if automatic:
+        check_measured(certificate)
     _check_device(device)
     progress("reading the layers that read text")
     sites = read_sites(folder, select=selection(recipe, folder, values_only=method.values_only))
     progress("embedding the prompts")
-    known = text_fingerprint(folder, sites.family)
+    stamp = text_stamp(folder, sites.family)
     encoder = CachedEncoder(
-        lambda: load_encoder(folder, sites.family, device=device, known_fingerprint=known),
-        known,
+        lambda: load_encoder(folder, sites.family, device=device),
+        text_fingerprint(folder, sites.family),
         cache or EmbeddingCache(None),
-        lambda tokens, length: Embedding(torch.from_numpy(tokens).double(), length),
+        lambda tokens, length, start: Embedding(torch.from_numpy(tokens).double(), length, start),
         settings=text_settings(folder, sites.family),
+        unchanged=lambda: text_stamp(folder, sites.family) == stamp,
     )
-    prompts = EmbeddedPrompts(encoder, pairs, recipe.kept)
+    prompts = EmbeddedPrompts(encoder, pairs, lambda: recipe.kept(pairs))
     dims = {stream: next(iter(weights.values())).shape[1] for stream, weights in sites.streams.items()}
     grams, number_kept = prompts.kept_grams()
     solved: dict[str, tuple[Stage, ...]] = {}
@@ -86,13 +90,14 @@ def erase(
         )
         solved[stream] = method.solve(problem, recipe, probe)
     results = {stream: [stage for stage in stages if stage.accepted][-1] for stream, stages in solved.items()}
+    judged = any(stage.detected is not None for stages in solved.values() for stage in stages)
     metadata = EditMetadata(
         excise_version=excise.__version__,
         method=recipe.method,
         preset=recipe.preset,
         recipe=recipe.model_dump(mode="json", exclude={"erase", "to", "keep"}),
         concepts=tuple(Erased(erase=concept, to=target) for concept, target in pairs),
-        kept=Kept.of(recipe.kept()),
+        kept=Kept.of(recipe.kept(pairs)),
         token_rule=recipe.rule,
         family=sites.family.name,
         component=sites.family.component,
@@ -108,6 +113,8 @@ def erase(
         certificate=tuple(
             entry for stream, stages in solved.items() for entry in _certificate(stream, stages, named[stream])
         ),
+        detection=None if probe is None or not judged else detection_of(probe, [concept for concept, _ in pairs]),
+        stop_rule=stop_rule(probe) if automatic else None,
     )
     tensors = {}
     for stream, stage in results.items():
@@ -136,6 +143,7 @@ def _figures(stream: str, stages: tuple[Stage, ...]) -> list[StageFigures]:
             margin=None if stage.margin is None else float(stage.margin.total[0]),
             moved=stage.moved,
             detected=stage.detected,
+            detected_after=stage.detected_after,
             accepted=stage.accepted,
         )
         for stage in stages

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from excise.edit.cholesky import finite, solve
-from excise.edit.tokens import rows
+from excise.edit.tokens import rank, rows
 from excise.edit.transform import Step
 from excise.errors import UsageError
 
@@ -119,8 +119,9 @@ class Fitter:
     def hold(self, tokens: Tensor) -> Fitter:
         """Don't move the rows of ``tokens`` (n, d) at all: ``W_i c = W_i⁰ c`` is a constraint, not a term.
 
-        With ``N`` an orthonormal basis of what is orthogonal to them, ``S⁻¹`` becomes ``N (Nᵀ S N)⁻¹ Nᵀ``. It replaces
-        what was held before. Raises as ``erase`` does, and ``UsageError`` where no direction is left.
+        With ``N`` an orthonormal basis of what is orthogonal to them, but for the rounding of a float32 text encoder,
+        ``S⁻¹`` becomes ``N (Nᵀ S N)⁻¹ Nᵀ``. It replaces what was held before. Raises as ``erase`` does, and
+        ``UsageError`` where no direction is left.
         """
         self._free = orthogonal_to(self._rows(tokens))
         return self
@@ -200,15 +201,17 @@ class Fitter:
 def orthogonal_to(tokens: Tensor) -> Tensor:
     """``N`` with shape (d, k): an orthonormal basis of what is orthogonal to the rows of ``tokens`` (n, d).
 
+    Directions that they use by no more than a float32 text encoder's rounding are free: ``excise.edit.tokens.rank``.
+
     Raises:
         UsageError: nothing is.
     """
     _, values, right = torch.linalg.svd(tokens, full_matrices=True)
-    rank = int((values > 1e-12 * values[0]).sum())
-    if rank == len(right):
+    used = rank(values)
+    if used == len(right):
         raise UsageError(
-            f"the held tokens span all {rank} dimensions of the text embeddings: hold fewer, or leave out "
+            f"the held tokens span all {used} dimensions of the text embeddings: hold fewer, or leave out "
             "--conditional-only"
         )
-    free: Tensor = right[rank:].T.contiguous()
+    free: Tensor = right[used:].T.contiguous()
     return free

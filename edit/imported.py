@@ -11,11 +11,12 @@ from torch import Tensor
 
 import excise
 from excise.edit.apply import carried
+from excise.edit.checkpoint import read_checkpoint
 from excise.edit.component_files import Float32, Tensors, read_json
 from excise.edit.families import Family, family_of
 from excise.edit.model_folder import denoiser_weights
 from excise.edit.stream_arrays import stream_arrays
-from excise.edit.third_party import Moved, compare, read_checkpoint
+from excise.edit.third_party import Moved, compare
 from excise.edit.transform import Step, Transform
 from excise.editfile import Array, Edit, fingerprint
 from excise.editmetadata import EditMetadata, Erased, Kept, Stream
@@ -29,7 +30,7 @@ def imported(checkpoint: Path, folder: Path, *, erased: tuple[str, ...] = ()) ->
     is kept as differences.
 
     Args:
-        checkpoint: as ``third_party.read_checkpoint`` reads it.
+        checkpoint: as ``checkpoint.read_checkpoint`` reads it.
         folder: a diffusers folder, the checkpoint's base.
         erased: what the checkpoint is said to have erased; nothing in it tells.
 

@@ -121,9 +121,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "rece": Method("RECE, Gong et al., ECCV 2024, arXiv 2407.12383, eq. 3 and 8", _rece),
         "uce": Method("UCE, Gandikota et al., WACV 2024, arXiv 2308.14761, eq. 3", _rece),
-        "speed": Method("SPEED, ICLR 2026", _peer(_speed), values_only=True),
+        "speed": Method("SPEED, Li et al., ICLR 2026, arXiv 2503.07392", _peer(_speed), values_only=True),
         "dp": Method("Double Projections, CVPR 2026, arXiv 2604.10032", _peer(_dp)),
-        "trce1": Method("TRCE, its first stage", _peer(_trce1)),
+        "trce1": Method("TRCE, Chen et al., ICCV 2025, arXiv 2503.07389, its first stage", _peer(_trce1)),
         "leace": Method("LEACE, Belrose et al., NeurIPS 2023, arXiv 2306.03819, linear", _peer(_leace)),
     }
 )

@@ -78,7 +78,8 @@ class Problem:
                 change = transform.on_weight(original, site) - original
                 above = above + (change @ self.kept_gram * change).sum()
                 below = below + (original @ self.kept_gram * original).sum()
-        return ratio(above, below)
+        # Where nothing moves, rounding may leave less than nothing.
+        return ratio(above.clamp(min=0), below)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class Stage:
         margin: what remains of the concept after it; None where nothing is certified.
         moved: relative movement of the kept tokens after it.
         residual: how badly the edit *before* an epoch regenerates the concept without a bound; None for other stages.
-        detected: share of pictures from an epoch's derived embedding that show the concept, where a probe counted.
+        detected: share of pictures that show the concept, generated from an epoch's derived embedding under the edit
+            *before* it, where a probe counted.
+        detected_after: the same of what is derived after it, where that decided on the epoch.
         accepted: False for an epoch that was tried and left out.
     """
 
@@ -101,6 +104,7 @@ class Stage:
     moved: float
     residual: float | None = None
     detected: float | None = None
+    detected_after: float | None = None
     accepted: bool = True
 
     @classmethod

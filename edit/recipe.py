@@ -171,12 +171,13 @@ class Recipe(_Frozen):
                 raise
             raise source.refusal(("erase",), str(error)) from None
 
-    def kept(self) -> Iterator[str]:
+    def kept(self, pairs: Iterable[tuple[str, str]] | None = None) -> Iterator[str]:
         """The prompts to hold, from the list and then from the files, which are read as the iteration goes.
 
-        Raises ``UsageError`` for a file that can't be read or has no prompts, or a prompt that is to be erased.
+        ``pairs`` as ``pairs()`` gave them, where at hand: else the files of concepts are read again. Raises
+        ``UsageError`` for a file that can't be read or has no prompts, or a prompt that is to be erased.
         """
-        yield from self._kept(self.pairs(), self.keep_files)
+        yield from self._kept(self.pairs() if pairs is None else pairs, self.keep_files)
 
     def keep_weight(self, number_kept: int) -> float:
         """λ₁; "auto" is ``max(0.1, 1 / number_kept)``, as published for artists."""

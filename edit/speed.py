@@ -1,6 +1,9 @@
 """SPEED: UCE's step confined to the null space of what is kept (Li et al., ICLR 2026, arXiv 2503.07392).
 
 The paper's columns are tokens: concepts ``C₁``, targets ``C*``, and ``K₂``, the null prompt's start token and centres.
+A start token is the same in every prompt, so that it isn't erased and says nothing of what is kept. The paper edits
+models with CLIP; a text encoder without one (T5) has every position erased and kept, and ``K₂`` is the centres alone.
+
 ``P`` projects on the directions that the kept prompts hardly use. The change of a weight W is
 
     Δ = W (C* C₁ᵀ − C₁ C₁ᵀ) P [I − M K₂ (K₂ᵀ P M K₂ + λ I)⁻¹ K₂ᵀ P] M          M = (C₁ C₁ᵀ P + ρ I)⁻¹
@@ -35,8 +38,8 @@ _ROUNDS = 100
 
 
 def all_but_start(concept: Concept) -> tuple[Tensor, Tensor]:
-    """``C`` and ``C*`` with shape (t − 1, d): every position but the start token; the one row of a pooled embedding."""
-    return _subsequent(concept.tokens), _subsequent(concept.target)
+    """``C`` and ``C*`` with shape (t, d), or (t − 1, d): every position but the start token, where there is one."""
+    return concept.tokens[concept.start :], concept.target[concept.start :]
 
 
 def speed(
@@ -53,9 +56,10 @@ def speed(
     """SPEED's edit as one step. The paper applies it to V alone: the caller chooses the sites.
 
     Args:
-        concepts: what to erase, and its targets.
-        kept: token matrices with shape (n, d), their first row the start token, read once. Memory is O(d²).
-        null: the tokens of the prompt ``""`` with shape (t, d), its first row the start token.
+        concepts: what to erase, and its targets. The first one tells whether ``kept`` and ``null`` have a start token:
+            their first row, if so.
+        kept: token matrices with shape (n, d), read once. Memory is O(d²).
+        null: the tokens of the prompt ``""`` with shape (t, d).
         ridge: ρ; the defaults are the paper's for nudity.
         null_ridge: λ.
         threshold: singular values of the kept prompts' covariance below it are free to change.
@@ -71,13 +75,13 @@ def speed(
     if not (math.isfinite(null_ridge) and null_ridge > 0):
         raise UsageError(f"null_ridge = {null_ridge:g}: give a positive λ")
     scales = Scales(1.0, keep=1 / null_ridge, ridge=ridge)
-    dim, device = concepts[0].dim, concepts[0].tokens.device
-    free = null_basis(kept, dim, threshold, device=device)
+    dim, start, device = concepts[0].dim, concepts[0].start, concepts[0].tokens.device
+    free = null_basis(kept, dim, threshold, start=start, device=device)
     projector = free @ free.T
     held = rows(null, dim).to(device)
     if not len(held):
         raise UsageError("null has no tokens: give those of the prompt ''")
-    held = torch.cat([held[:1], centres_of(held[1:], centres)])
+    held = torch.cat([held[:start], centres_of(held[start:], centres)])
     fitter = Fitter(dim, device=device).keep(held @ projector)
     for concept in concepts:
         tokens, targets = (rows(part, dim).to(device) for part in rule(concept))
@@ -92,7 +96,9 @@ def speed(
     return Transform((step,), dim)
 
 
-def null_basis(kept: Iterable[Tensor], dim: int, threshold: float, *, device: torch.device | str = "cpu") -> Tensor:
+def null_basis(
+    kept: Iterable[Tensor], dim: int, threshold: float, *, start: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """The singular vectors of ``Σ xᵀx / n`` whose values are below ``threshold``: ``N`` (d, k), float64, ``P = N Nᵀ``.
 
     The sum is over the tokens of all kept prompts but their start tokens, and n is their number. It is not centred:
@@ -102,6 +108,7 @@ def null_basis(kept: Iterable[Tensor], dim: int, threshold: float, *, device: to
         kept: token matrices with shape (n, d), read once.
         dim: d.
         threshold: in the square of the embeddings' unit.
+        start: the start tokens before each prompt's own, 0 or 1.
         device: where to sum.
 
     Raises:
@@ -113,7 +120,7 @@ def null_basis(kept: Iterable[Tensor], dim: int, threshold: float, *, device: to
     covariance = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     count = 0
     for tokens in kept:
-        part = _subsequent(rows(tokens, dim)).to(device)
+        part = rows(tokens, dim)[start:].to(device)
         covariance.addmm_(part.T, part)
         count += len(part)
     # Symmetric and positive semi-definite: eigenvectors are the singular vectors.
@@ -150,11 +157,6 @@ def centres_of(tokens: Tensor, count: int) -> Tensor:
             break
         chosen = moved
     return chosen
-
-
-def _subsequent(tokens: Tensor) -> Tensor:
-    """Without the start token; a pooled embedding has none."""
-    return tokens[1:] if len(tokens) > 1 else tokens
 
 
 def _distances(tokens: Tensor, centres: Tensor) -> Tensor:

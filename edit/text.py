@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,10 +31,13 @@ class Embedding:
         tokens: float64 with shape (positions, d); one position for a pooled vector.
         length: the positions of the prompt's own tokens, special ones included: ``attention_mask.sum()``. 1 for a
             pooled vector, and for the zeros in place of an encoder that the pipeline lacks.
+        start: those of them that come before the prompt's own words, the same in every prompt: 1 where all tokenizers
+            of the segment have a start token, else 0.
     """
 
     tokens: Tensor
     length: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,10 @@ class Encoder:
         self,
         models: Mapping[str, TextModel],
         streams: Mapping[str, tuple[_Segment, ...]],
-        known_fingerprint: str | None = None,
     ) -> None:
-        self._models, self._streams, self._known_fingerprint = models, streams, known_fingerprint
+        self._models, self._streams = models, streams
         self.limit = min(model.limit for model in models.values())
         self._batch = BATCH if all(model.part.kind == "clip" for model in models.values()) else LARGE_BATCH
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """As ``text_fingerprint``."""
-        return self._known_fingerprint or _fingerprint({part: model.tensors for part, model in self._models.items()})
 
     def embed(self, prompts: Sequence[str]) -> Iterator[dict[str, tuple[Embedding, ...]]]:
         """For each prompt in order, the segments of every stream by the stream's name; computed in batches.
@@ -95,17 +91,18 @@ class Encoder:
         joined = {name: [(s, s(outputs, len(batch))) for s in segments] for name, segments in self._streams.items()}
         for number in range(len(batch)):
             yield {
-                name: tuple(_embedding(segment, tensor[number], lengths, number) for segment, tensor in segments)
+                name: tuple(self._embedding(segment, tensor[number], lengths, number) for segment, tensor in segments)
                 for name, segments in joined.items()
             }
 
-
-def _embedding(segment: _Segment, tokens: Tensor, lengths: Mapping[str, list[int]], number: int) -> Embedding:
-    """One prompt's tokens; a vector is one token, and no encoder an empty prompt."""
-    tokens = tokens.cpu()
-    if tokens.ndim == 1:
-        return Embedding(tokens[None].double(), 1)
-    return Embedding(tokens.double(), max((lengths[part][number] for part, _ in segment.sources), default=1))
+    def _embedding(self, segment: _Segment, tokens: Tensor, lengths: Mapping[str, list[int]], number: int) -> Embedding:
+        """One prompt's tokens; a vector is one token, and no encoder an empty prompt."""
+        tokens = tokens.cpu()
+        if tokens.ndim == 1:
+            return Embedding(tokens[None].double(), 1, 0)
+        parts = [part for part, _ in segment.sources]
+        length = max((lengths[part][number] for part in parts), default=1)
+        return Embedding(tokens.double(), length, min((self._models[part].start for part in parts), default=0))
 
 
 def load_encoder(
@@ -114,7 +111,6 @@ def load_encoder(
     *,
     device: str = "cpu",
     max_sequence_length: int | None = None,
-    known_fingerprint: str | None = None,
 ) -> Encoder:
     """The text encoders of a diffusers folder, in float32.
 
@@ -122,7 +118,6 @@ def load_encoder(
         folder: a diffusers folder of ``family``.
         device: where the encoders run; the embeddings lie on the CPU, where they are cached and pile up.
         max_sequence_length: pad to fewer positions than the pipeline does by default, where the encoder allows it.
-        known_fingerprint: what ``text_fingerprint`` gave, which takes half a second on Stable Diffusion's.
 
     Raises:
         ModelError: an encoder or a tokenizer is missing, damaged, quantised or of another class, or a config is.
@@ -145,7 +140,7 @@ def load_encoder(
             _Segment(tuple(source for source in sources if source[0] in models), width, positions.get(sources[0][0], 0))
             for sources in stream.sources
         )
-    return Encoder(models, streams, known_fingerprint)
+    return Encoder(models, streams)
 
 
 def _parts(folder: Path, family: Family) -> list[TextPart]:
@@ -163,7 +158,22 @@ def text_fingerprint(folder: Path, family: Family) -> str:
         ModelError: an encoder is missing, damaged or quantised.
     """
     parts = [folder / part.component for part in _parts(folder, family)]
-    return _fingerprint({part.name: Tensors(weight_files(part, STEM)) for part in parts})
+    tensors = {part.name: Tensors(weight_files(part, STEM)) for part in parts}
+    for part, stored in tensors.items():
+        for name in stored:
+            dtype, _ = stored.header(name)
+            # A quantiser's codes would be read as if they were the weights. Earlier versions of transformers stored the
+            # positions' numbers too.
+            if dtype not in PLAIN and not name.endswith("position_ids"):
+                raise ModelError(f"{part}: {name} is quantised (dtype {dtype}): use the original weights")
+    return fingerprint(Float32(next(iter(tensors.values())) if len(tensors) == 1 else Tensors.joined(tensors)))
+
+
+def text_stamp(folder: Path, family: Family) -> tuple[tuple[Path, int, int], ...]:
+    """Size and time of change (ns) of every file of the text encoders and their tokenizers: equal while they stay."""
+    parts = [folder / name for part in family.parts for name in (part.component, part.tokenizer)]
+    files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir())]
+    return tuple((path, (status := path.stat()).st_size, status.st_mtime_ns) for path in files)
 
 
 def text_settings(folder: Path, family: Family) -> str:
@@ -176,14 +186,3 @@ def text_settings(folder: Path, family: Family) -> str:
             if path.is_file():
                 digest.update(f"{part.tokenizer}/{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _fingerprint(tensors: Mapping[str, Tensors]) -> str:
-    """Over numbers: a quantiser's codes, which would be read as if they were the weights, are refused here."""
-    for part, stored in tensors.items():
-        for name in stored:
-            dtype, _ = stored.header(name)
-            # Earlier versions of transformers stored the positions' numbers too.
-            if dtype not in PLAIN and not name.endswith("position_ids"):
-                raise ModelError(f"{part}: {name} is quantised (dtype {dtype}): use the original weights")
-    return fingerprint(Float32(next(iter(tensors.values())) if len(tensors) == 1 else Tensors.joined(tensors)))

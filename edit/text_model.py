@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from excise.edit.component_files import Tensors, read_json, stored_variant, weight_files
+from excise.edit.component_files import read_json, stored_variant, weight_files
 from excise.edit.families import TextPart
 from excise.edit.prompts import short
 from excise.errors import ModelError, PromptTooLong, UsageError
@@ -56,6 +55,10 @@ KINDS = {
 class TextModel:
     """A text encoder in float32, frozen.
 
+    Attributes:
+        limit: positions that a prompt is padded to.
+        start: tokens that the tokenizer puts before every prompt's own: 1 for CLIP, 0 for T5.
+
     Args:
         folder: the diffusers folder.
         part: which of its encoders.
@@ -84,16 +87,13 @@ class TextModel:
         if part.kind == "llama":
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self.limit = self._limit(index.get("_class_name"), config, max_sequence_length)
+        # Tokens that come from the text aren't special here, known or not.
+        self.start = int(self._tokenizer("a", return_special_tokens_mask=True).special_tokens_mask[0])
         weight_files(self._folder, STEM)  # names what is missing
         self._model = _model(self._folder, getattr(import_module(kind.models), name)).eval().to(device)
         if part.kind == "llama":
             # The hidden states don't need the vocabulary's logits.
             self._model = self._model.get_decoder()
-
-    @cached_property
-    def tensors(self) -> Tensors:
-        """The stored weights, by their names in the file."""
-        return Tensors(weight_files(self._folder, STEM))
 
     def _limit(self, pipeline: object, config: dict[str, Any], lowered: int | None) -> int:
         if self.part.limit is None:

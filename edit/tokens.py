@@ -23,9 +23,11 @@ class Concept:
         tokens_length: ``attention_mask.sum()`` of the concept's prompt, start and end tokens included; 1 where a
             prompt has one embedding only (pooled), or nothing but its end token.
         target_length: the same for the target's prompt.
+        start: positions before a prompt's own tokens: 1 where the tokenizer has a start token (CLIP), 0 where it has
+            none (T5) or a prompt has one embedding only.
 
     Raises:
-        UsageError: the shapes differ, or a length isn't from 1 to t.
+        UsageError: the shapes differ, a length isn't from 1 to t, or a start isn't from 0 to t − 1.
         NumericsError: an embedding holds inf or nan.
     """
 
@@ -33,6 +35,7 @@ class Concept:
     target: Tensor
     tokens_length: int
     target_length: int
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape != self.target.shape:
@@ -43,6 +46,8 @@ class Concept:
         for name, length in (("tokens_length", self.tokens_length), ("target_length", self.target_length)):
             if not 1 <= length <= len(self.tokens):
                 raise UsageError(f"{name} = {length}: give the attention mask's sum, from 1 to {len(self.tokens)}")
+        if not 0 <= self.start < len(self.tokens):
+            raise UsageError(f"start = {self.start}: give the number of start tokens, 0 or 1")
 
     @property
     def dim(self) -> int:
@@ -74,6 +79,11 @@ def all_pairs(concept: Concept) -> tuple[Tensor, Tensor]:
 RULES: Mapping[str, Rule] = MappingProxyType({"last-subject": last_subject_pairs, "all": all_pairs})
 
 
+#: The most that a float32 text encoder's rounding makes of its embeddings' Frobenius norm. Measured against the same
+#: encoder in float64: 5.4·10⁻⁷ (CLIP ViT-L's shapes, random weights) and 2.6·10⁻⁷ (the demo's), of 9.5·10⁻⁷ here.
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
 def rows(tokens: Tensor, dim: int) -> Tensor:
     """``tokens`` with shape (n, dim) as float64, detached.
 
@@ -86,6 +96,19 @@ def rows(tokens: Tensor, dim: int) -> Tensor:
     if not is_finite(tokens):
         raise NumericsError("an embedding holds inf or nan: load the text encoder in float32")
     return tokens.detach().to(torch.float64)
+
+
+def rank(values: Tensor) -> int:
+    """How many singular values of a matrix of embeddings aren't what a float32 text encoder's rounding leaves.
+
+    Rounding moves no singular value by more than its own Frobenius norm (Weyl), for which ``ROUNDING`` of the matrix's
+    is allowed. The rule of ``numpy.linalg.matrix_rank``, eps · max(shape) of the largest value, takes directions that
+    are used for noise: 66 of the 767 that 24 prompts use in CLIP ViT-L's shapes.
+
+    Args:
+        values: all of them, with shape (k,).
+    """
+    return int((values > ROUNDING * values.norm()).sum())
 
 
 def width(weights: Sequence[Tensor]) -> int:

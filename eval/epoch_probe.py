@@ -12,12 +12,9 @@ every concept, epoch and edit, so that a difference between two counts is the ed
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from excise.demo import CLIP
 from excise.errors import ModelError, UsageError
-from excise.eval.detector import ClipDetector
 from excise.eval.torch_runtime import TorchRuntime
 from excise.serve.runtime import Request, initial_latents
 
-if TYPE_CHECKING:
-    from excise.edit.auto_epochs import Probe
-    from excise.edit.model_folder import Sites
-    from excise.edit.recipe import Recipe
-
-#: Labels that stand for everything else, at most.
-OTHERS = 50
+#: Of DDIM, and of the guidance against the empty prompt.
+STEPS, GUIDANCE_SCALE = 25, 7.5
 
 #: From a weight's name and the original weight with shape (o, d), the edited weight.
 Moved = Callable[[str, Tensor], Tensor]
@@ -81,8 +71,8 @@ class EpochProbe:
         sites: Sequence[str],
         *,
         images: int = 4,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int = STEPS,
+        guidance_scale: float = GUIDANCE_SCALE,
         batch_size: int = 16,
         progress: bool = True,
     ) -> None:
@@ -180,91 +170,3 @@ class EpochProbe:
     def _carry(self, weights: dict[str, Tensor]) -> None:
         for site, parameter in self._parameters.items():
             parameter.copy_(weights[site])
-
-
-def clip_probe(
-    recipe: Recipe,
-    sites: Sites,
-    pipeline: Callable[[], Any],
-    *,
-    detector: str,
-    labels: Sequence[str] = (),
-    others: Sequence[str] = (),
-    images: int = 4,
-    device: str = "cpu",
-    progress: bool = True,
-) -> Probe:
-    """What ``excise.edit.erase.erase`` takes as a probe: an ``EpochProbe`` with a zero-shot CLIP.
-
-    Names are checked at once; the models are loaded at the first call.
-
-    Args:
-        recipe: of the edit.
-        sites: that the edit moves, in the order in which it was solved for them.
-        pipeline: loads the pipeline, unedited, on the CPU.
-        detector: ``clip:DIR``, a transformers folder, or ``clip:demo``, the bundled CLIP.
-        labels: count as the concept; by default the concepts of the recipe.
-        others: don't; by default at most ``OTHERS`` of the targets and the kept prompts, evenly spread, but for blank
-            ones and those that count.
-        images: as of ``EpochProbe``, and so ``progress``.
-        device: where both models run.
-
-    Raises:
-        UsageError: a recipe without RECE epochs, a model that isn't a Stable Diffusion 1 or 2, or a detector, labels
-            or a number of images that can't be used.
-    """
-    if recipe.method != "rece" or recipe.epochs == 0:
-        raise UsageError("--detector judges RECE's epochs: give --method rece, and --epochs auto or 1 or more")
-    if sites.family.name != "stable-diffusion":
-        raise UsageError(f"--detector judges Stable Diffusion 1 and 2 only, not family {sites.family.name}")
-    if images < 1:
-        raise UsageError(f"--detector-images {images}: give 1 or more")
-    folder, pairs = _clip_folder(detector), recipe.pairs()
-    prompts = chain((target for _, target in pairs), recipe.kept())
-    counted, known = zero_shot_labels(labels or [concept for concept, _ in pairs], others, prompts)
-    names = list(sites.streams["text"])
-
-    @cache
-    def loaded() -> EpochProbe:
-        seen = ClipDetector(folder, known, device=device)
-        return EpochProbe(pipeline().to(device), seen, counted, names, images=images, progress=progress)
-
-    return lambda derived, edit: loaded()(derived, lambda name, weight: edit.on_weight(weight, names.index(name)))
-
-
-def _clip_folder(detector: str) -> Path:
-    """The folder that ``clip:DIR`` names."""
-    kind, _, place = detector.partition(":")
-    if kind != "clip" or not place:
-        raise UsageError(f"--detector {detector} is not clip:DIR: name a CLIP's folder, or clip:demo")
-    folder = CLIP if place == "demo" else Path(place)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--detector {detector}: {folder} has no config.json: name a transformers CLIP folder")
-    return folder
-
-
-def zero_shot_labels(
-    concepts: Iterable[str], others: Sequence[str], prompts: Iterable[str]
-) -> tuple[tuple[str, ...], dict[str, list[str]]]:
-    """The labels that count as the concept, and every label with its one prompt: itself.
-
-    Args:
-        concepts: count.
-        others: don't.
-        prompts: stand for ``others`` where those are none, as ``clip_probe`` says.
-
-    Raises:
-        UsageError: nothing counts, nothing else is left, or one text is both.
-    """
-    counted = tuple(dict.fromkeys(filter(str.strip, concepts)))
-    if not counted:
-        raise UsageError("no label counts as the concept: give --erase TEXT or --detector-label TEXT")
-    if both := [text for text in others if text in counted]:
-        raise UsageError(f"{both[0]!r} is the concept and --detector-other: remove it from one of the two")
-    rest = [text for text in dict.fromkeys(others or prompts) if text.strip() and text not in counted]
-    if not rest:
-        raise UsageError("nothing to tell the concept from: give --detector-other TEXT, such as what else is drawn")
-    if not others:
-        number = min(OTHERS, len(rest))
-        rest = [rest[place * len(rest) // number] for place in range(number)]
-    return counted, {text: [text] for text in (*counted, *rest)}

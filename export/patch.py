@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from excise.edited_initializers import edited_initializers
 from excise.editfile import Edit
+from excise.enginefile import ENGINE
 from excise.errors import ArtefactError, OutputError
 from excise.export.conversion import convert
 from excise.export.layout import EDITED, write_aligned
@@ -43,7 +44,8 @@ def patch(
     Args:
         folder: What ``excise export`` or a patch wrote, or a plain Optimum export.
         edit: Made for the unedited model.
-        out: A new folder; by default ``folder`` itself is replaced, in one step.
+        out: A new folder; by default ``folder`` itself is replaced, in one step. An engine of the denoiser holds the
+            present edit and doesn't come along.
         force: Apply the edit although it was made for other weights.
         link: Share unchanged files by hard links; ONNX Runtime and TensorRT read those, the onnx package from 1.21 on
             refuses them as external data.
@@ -56,14 +58,19 @@ def patch(
         ArtefactError: ``folder`` is incomplete or altered, or its unedited weights weren't kept.
         EditError: The edit moves other weights than a patch can (FingerprintMismatch: it was made for another model).
         NumericsError: An edited weight isn't finite in the model's dtype.
-        OutputError: ``out`` holds something, or ``folder`` can't be replaced in one step here.
+        OutputError: ``out`` holds something, or ``folder`` can't be replaced in one step here or holds an engine.
     """
     say = progress or (lambda message: None)
     if not folder.is_dir():
         raise ArtefactError(f"{folder} isn't a folder: name one that excise export or Optimum wrote")
+    engine = f"{edit.metadata.component}/{ENGINE}"
+    if out is None and (folder / engine).exists():
+        raise OutputError(
+            f"{folder / engine} holds the present edit: name a new folder with --out, or refit the engine"
+        )
     place: AbstractContextManager[Path] = replaced_folder(folder) if out is None else new_folder(out)
     with place as partial:
-        fill(folder, partial, link=link)
+        fill(folder, partial, link=link, leave=(engine, f"{engine}.json"))
         manifest = read_manifest(partial) if (partial / NAME).exists() else convert(partial, folder.name, edit, say)
         if not manifest.weights:
             raise ArtefactError(f"{folder} has no map of its weights in excise.json: export the model again")
@@ -136,17 +143,19 @@ def write_edited(
                 )
             total.update(bytes(place.offset - before))
             total.update(data)
-            entries[name] = place.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+            entries[name] = place.model_copy(update={"sha256": hashlib.sha256(data).hexdigest(), "engine_weight": None})
         size = stream.tell()
     return entries, FileEntry(size=size, sha256=total.hexdigest())
 
 
-def fill(folder: Path, target: Path, *, link: bool) -> None:
+def fill(folder: Path, target: Path, *, link: bool, leave: Collection[str] = ()) -> None:
     """Fill the empty folder ``target`` with hard links to the files of ``folder``, or copies where links don't work.
 
-    Everything that lies in the folder comes along, what isn't in its manifest too.
+    Everything that lies in the folder comes along, what isn't in its manifest too, but for the files of ``leave``.
     """
     for source in sorted(folder.rglob("*")):
+        if source.relative_to(folder).as_posix() in leave:
+            continue
         place = target / source.relative_to(folder)
         if source.is_dir() and not source.is_symlink():
             place.mkdir()

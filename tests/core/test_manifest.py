@@ -105,7 +105,7 @@ def test_a_dangling_link_is_a_missing_file(artefact: Path) -> None:
 
 
 def test_a_folder_without_manifest_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"has no excise\.json: it wasn't written by excise export"):
+    with pytest.raises(ArtefactError, match=r"has no excise\.json: it isn't an exported folder"):
         read_manifest(tmp_path)
     with pytest.raises(ArtefactError, match="doesn't exist"):
         verify(tmp_path / "nowhere")

@@ -102,10 +102,14 @@ def test_a_folder_that_isnt_replaced_is_as_it_was(tmp_path: Path, failure: BaseE
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("1")
-    expected = OutputError if isinstance(failure, OSError) else type(failure)
-    with pytest.raises(expected), replaced_folder(out) as partial:
-        (partial / "new").write_text("2")
-        raise failure
+
+    def replace() -> None:
+        with replaced_folder(out) as partial:
+            (partial / "new").write_text("2")
+            raise failure
+
+    with pytest.raises(OutputError if isinstance(failure, OSError) else type(failure)):
+        replace()
     assert [path.name for path in out.iterdir()] == ["old"]
     assert not leftovers(tmp_path)
 
@@ -115,7 +119,7 @@ def test_where_names_cant_be_exchanged_out_is_the_remedy(tmp_path: Path, monkeyp
     out.mkdir()
     (out / "old").write_text("1")
     monkeypatch.setattr("ctypes.CDLL", lambda *args, **options: object())
-    with pytest.raises(OutputError, match="can't be replaced in one step here .*--out"), replaced_folder(out):
+    with pytest.raises(OutputError, match=r"can't be replaced in one step here .*--out"), replaced_folder(out):
         pass
     assert [path.name for path in out.iterdir()] == ["old"]
     assert not leftovers(tmp_path)

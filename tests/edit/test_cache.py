@@ -11,6 +11,7 @@ import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +31,11 @@ class Part:
 
     tokens: npt.NDArray[np.floating]
     length: int
+    start: int
 
 
 class Fake:
     """Two streams, one of two segments; counts what it encodes, and dies when told to."""
-
-    fingerprint = "f"
 
     def __init__(self, dies_at: int | None = None) -> None:
         self.built, self.encoded, self.dies_at = 0, list[str](), dies_at
@@ -54,20 +54,20 @@ class Fake:
 
 def fake_streams(prompt: str) -> dict[str, tuple[Part, ...]]:
     random = np.random.default_rng(list(prompt.encode("utf-8", "surrogatepass")))
-    parts = [Part(random.standard_normal((rows, D)), rows - 1) for rows in (4, 2, 1)]
+    parts = [Part(random.standard_normal((rows, D)), rows - 1, rows // 4) for rows in (4, 2, 1)]
     return {"text.x": (parts[0], parts[1]), "pooled": (parts[2],)}
 
 
-def cached(fake: Fake, cache: EmbeddingCache, **options: str) -> CachedEncoder[Part]:
+def cached(fake: Fake, cache: EmbeddingCache, **options: Any) -> CachedEncoder[Part]:
     return CachedEncoder(fake, "f", cache, Part, **options)
 
 
 def same(found: Mapping[str, tuple[Part, ...]], prompt: str) -> bool:
-    """Exactly the float32 values, and the lengths."""
+    """Exactly the float32 values, and what is said of them."""
     expected = fake_streams(prompt)
     assert found.keys() == expected.keys()
     for name, parts in expected.items():
-        assert [part.length for part in found[name]] == [part.length for part in parts]
+        assert [(part.length, part.start) for part in found[name]] == [(part.length, part.start) for part in parts]
         for got, part in zip(found[name], parts, strict=True):
             assert got.tokens.dtype == np.float32
             assert got.tokens.flags.writeable
@@ -116,8 +116,25 @@ def test_another_encoder_or_another_setting_is_a_miss(tmp_path: Path) -> None:
     limited = Fake()
     list(cached(limited, cache, settings="limit 12").embed(["cat"]))
     assert limited.encoded == ["cat"]
+    other = Fake()
+    list(CachedEncoder(other, "g", cache, Part).embed(["cat"]))
+    assert other.encoded == ["cat"]
+
+
+def test_what_an_encoder_made_of_changed_files_is_neither_used_nor_stored(tmp_path: Path) -> None:
+    cache, fake = EmbeddingCache(tmp_path), Fake()
+    encoder = cached(fake, cache, unchanged=lambda: len(fake.encoded) < 3)
+    found = encoder.embed(["cat", "dog", "owl"])
+    with pytest.raises(ModelError, match="changed while they were read: run it again"):
+        list(found)
+    assert len(entries(tmp_path)) == 2
     with pytest.raises(ModelError, match="changed while they were read"):
-        next(CachedEncoder(Fake(), "g", cache, Part).embed(["cat"]))
+        encoder.kept_gram(lambda: numbered(2))
+    assert len(entries(tmp_path)) == 2
+    # What was made before is there, and needs no encoder.
+    assert all(
+        same(streams, prompt) for streams, prompt in zip(encoder.embed(["cat", "dog"]), ["cat", "dog"], strict=True)
+    )
 
 
 def test_keys_tell_parts_apart() -> None:

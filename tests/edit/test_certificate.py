@@ -14,11 +14,12 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from excise.edit import certificate
-from excise.edit.certificate import Margin, certify, certify_normal, certify_weights, trust_region
+from excise.edit.certificate import Margin, certify, certify_normal, certify_weights
 from excise.edit.gram import gram
 from excise.edit.rece import rece
 from excise.edit.tokens import Concept, all_pairs
 from excise.edit.transform import Step, Transform
+from excise.edit.trust_region import Spectrum, trust_region
 from excise.edit.uce import Scales, Technique, uce
 from excise.errors import NumericsError, UsageError
 
@@ -185,16 +186,16 @@ def test_agrees_when_ill_conditioned(exponent: int, monkeypatch: pytest.MonkeyPa
     transform = Transform((Step.of(left * torch.logspace(0, -exponent, D, dtype=torch.float64) @ right),), D)
     expected = generic(*stacked(weights, transform, tokens), tokens)
     # Newton needs no more.
-    monkeypatch.setattr(certificate, "_ITERATIONS", 11)
+    monkeypatch.setattr("excise.edit.trust_region._ITERATIONS", 11)
     margin = certify_weights(weights, transform, tokens, radii=RADII)
     # Measured: 2.0e-15 at worst, gaps of up to 2.8e-14.
     torch.testing.assert_close(margin.errors, expected, rtol=0, atol=1e-13)
     assert margin.gaps.max() < 1e-12
     # The gap holds for any point of the ball, however it was found.
-    solve, place = certificate._Spectrum.multipliers, certificate._Spectrum.points
+    solve, place = Spectrum.multipliers, Spectrum.points
     for factor, away in ((1.5, 0.0), (1.0, 0.1), (1.5, 0.1)):
-        monkeypatch.setattr(certificate._Spectrum, "multipliers", lambda *given, by=factor: by * solve(*given))
-        monkeypatch.setattr(certificate._Spectrum, "points", lambda *given, by=away: (1 - by) * place(*given))
+        monkeypatch.setattr(Spectrum, "multipliers", lambda *given, by=factor: by * solve(*given))
+        monkeypatch.setattr(Spectrum, "points", lambda *given, by=away: (1 - by) * place(*given))
         poor = certify_weights(weights, transform, tokens, radii=RADII)
         assert poor.errors.mean() > expected.mean() + 1e-4
         assert bool((poor.errors - poor.gaps <= expected).all())
@@ -304,6 +305,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     for radii in ((), (0.0,), (1.0, -1.0), (float("inf"),), (float("nan"),)):
         with pytest.raises(UsageError, match=r"radii = \(.*give one or more positive"):
             certify(IDENTITY, IDENTITY, token, radii=radii)
-    monkeypatch.setattr(certificate, "_ITERATIONS", 1)
+    monkeypatch.setattr("excise.edit.trust_region._ITERATIONS", 1)
     with pytest.raises(NumericsError, match="isn't solved after 1 iterations"):
         trust_region(torch.diag(torch.arange(D).double()), token, 0.1 * one)

@@ -105,6 +105,7 @@ def attempt(model: Path, workshop: Path, values: dict[str, Any]) -> bool:
     try:
         edit = erase(model, resolve(None, None, values), cache=EmbeddingCache(workshop / "cache"))
         assert all(np.isfinite(array).all() for array in edit.tensors.values())
+        assert all(stage.moved >= 0 for stage in edit.metadata.stages)
         save_edit(file, edit)
         again = load_edit(file)
         assert again.id == edit.id

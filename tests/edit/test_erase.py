@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,6 +239,25 @@ def test_a_cached_run_gives_the_same_edit_without_the_text_encoder(
     assert erase(tiny_model, recipe(), cache=cache).id == first.id
     with pytest.raises(AssertionError, match="was built"):
         erase(tiny_model, recipe(keep=("tree",)), cache=cache)
+
+
+@pytest.mark.parametrize("name", ["text_encoder/model.safetensors", "tokenizer/vocab.json"])
+def test_a_text_encoder_that_is_written_to_meanwhile_is_refused(
+    copy: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprint, which the edit and the cache go by, is that of the files before."""
+    cache = EmbeddingCache(tmp_path / "cache")
+
+    def written_to(*arguments: Any, **options: Any) -> Any:
+        os.utime(copy / name, ns=(1, 1))
+        return load_encoder(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("excise.edit.erase.load_encoder", written_to)
+        with pytest.raises(ModelError, match="text encoder's files changed while they were read: run it again"):
+            erase(copy, recipe(), cache=cache)
+    assert not list((tmp_path / "cache").rglob("*.entry"))
+    assert erase(copy, recipe(), cache=cache).id
 
 
 def test_many_concepts_and_a_long_keep_file(tiny_model: Path, tmp_path: Path) -> None:

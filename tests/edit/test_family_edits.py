@@ -29,7 +29,10 @@ from safetensors.torch import load_file, save_file
 from excise.cli import main
 from excise.edit.apply import apply_edit
 from excise.edit.erase import erase
+from excise.edit.families import family_of
+from excise.edit.fitter import orthogonal_to
 from excise.edit.recipe import Recipe, resolve
+from excise.edit.text import load_encoder
 from excise.editfile import Edit
 from excise.errors import UsageError
 from tests.edit import tiny_models as tiny
@@ -384,10 +387,32 @@ def test_conditional_only_leaves_the_empty_prompts_outputs(
 
 @pytest.mark.parametrize("method", ["rece", "leace"])
 def test_an_empty_prompt_that_spans_everything_leaves_nothing_to_edit(folder_of: Folders, method: str) -> None:
-    """280 tokens in 64 dimensions: an edit that holds them all would be none."""
+    """24 tokens in 24 dimensions: an edit that holds them all would be none."""
     chosen = recipe(method=method, sites={"conditional_only": True})
-    with pytest.raises(UsageError, match="tokens span all 64 dimensions"):
-        erase(folder_of(tiny.stable_diffusion_3), chosen)
+    with pytest.raises(UsageError, match="tokens span all 24 dimensions"):
+        erase(folder_of(tiny.stable_diffusion_xl_refiner), chosen)
+
+
+@pytest.mark.parametrize("method", ["rece", "leace"])
+@pytest.mark.parametrize(("builder", "tokens", "used"), [(tiny.stable_diffusion_3, 280, 30), (tiny.flux, 512, 6)])
+def test_padding_that_differs_by_rounding_alone_spans_nothing(
+    folder_of: Folders, builder: Builder, tokens: int, used: int, method: str
+) -> None:
+    """More tokens than dimensions, all 64 to the last bit, but most say the same: there is something to edit."""
+    folder = folder_of(builder)
+    encoder = load_encoder(folder, family_of(folder))
+    empty, concept = (
+        torch.cat([segment.tokens for segment in each["context"]]) for each in encoder.embed(["", CONCEPTS[0]])
+    )
+    assert len(empty) == tokens
+    assert int(torch.linalg.matrix_rank(empty)) == 64
+    assert 64 - orthogonal_to(empty).shape[1] == used
+    # Pooled, a prompt has one token alone.
+    edit = erase(folder, recipe(method=method, sites={"conditional_only": True}))
+    change = torch.from_numpy(edit.tensors["context.transform"]) - torch.eye(64, dtype=torch.float64)
+    # Measured: 2.1e-6 at most, and 9e-3 at least.
+    assert (empty @ change.T).norm() < 1e-5 * empty.norm()
+    assert (concept @ change.T).norm() > 1e-3 * concept.norm()
 
 
 HALVES = [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]

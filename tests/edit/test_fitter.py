@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from excise.edit.fitter import Fitter, Scales
+from excise.edit.fitter import Fitter, Scales, orthogonal_to
 from excise.errors import NumericsError, UsageError
 
 D = 12
@@ -129,3 +129,24 @@ def test_what_is_held_is_a_constraint(rows: int) -> None:
     assert (held @ step.T - held).norm() < 1e-13 * held.norm()
     with pytest.raises(UsageError, match="span all 12"):
         fitter.hold(normal(D, 4))
+
+
+@settings(deadline=None, max_examples=25)
+@given(rank=st.integers(1, D - 1), rows=st.integers(D, 200), seed=st.integers(0, 10**6))
+def test_the_rounding_of_float32_is_not_held(rank: int, rows: int, seed: int) -> None:
+    """Tokens of low rank as a text encoder gives them: to the last bit of float64 they span everything."""
+    exact = normal(rows, seed)[:, :rank] @ normal(D, seed + 1)[:rank]
+    rounded = exact.float().double()
+    if rank > 1:
+        assert int(torch.linalg.matrix_rank(rounded)) == D
+    free = orthogonal_to(rounded)
+    assert free.shape == (D, D - rank)
+    assert (exact @ free).norm() < 1e-6 * exact.norm()
+    step = Fitter(D).erase(normal(3, seed + 2), normal(3, seed + 3)).hold(rounded).fit(SCALES).matrix()
+    assert (exact @ step.T - exact).norm() < 1e-5 * exact.norm()
+    # A direction that is used by more than rounding is held.
+    faint = normal(1, seed + 4) @ free @ free.T
+    held = torch.cat([rounded, 1e-4 * rounded.norm() * faint / faint.norm()])
+    if rank < D - 1:
+        assert orthogonal_to(held).shape == (D, D - rank - 1)
+        assert (faint @ orthogonal_to(held)).norm() < 1e-2 * faint.norm()

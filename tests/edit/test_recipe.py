@@ -414,3 +414,17 @@ def test_files_are_checked_as_they_are_read(tmp_path: Path, file: Path) -> None:
     twice = resolve(None, load_recipe(written(file, "version: 1\nerase_files: concepts.txt\n")), {})
     with pytest.raises(UsageError, match=r"recipe\.yaml.*: the concept 'gun' is given twice"):
         twice.pairs()
+
+
+def test_concepts_at_hand_are_not_read_again(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "concepts.txt").write_text("gun\n")
+    recipe = resolve(
+        None, load_recipe(written(file, "version: 1\nerase_files: concepts.txt\nkeep: [cat, a  gun]\n")), {}
+    )
+    pairs = recipe.pairs()
+    (tmp_path / "concepts.txt").unlink()
+    assert list(recipe.kept(pairs)) == ["cat", "a  gun"]
+    with pytest.raises(UsageError, match=r"keep.* = 'a  gun': it is to be erased"):
+        list(recipe.kept([("a gun", "dog")]))
+    with pytest.raises(UsageError, match=r"concepts\.txt doesn't exist"):
+        list(recipe.kept())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def problem(seed: int, concepts: int = 2) -> tuple[list[Tensor], list[Concept], 
     def prompt(spread: Any = 1.0) -> Tensor:
         return torch.cat([start, spread * normal(generator, T - 1, D)])
 
-    given = [Concept(prompt(), prompt(), tokens_length=3, target_length=2) for _ in range(concepts)]
+    given = [Concept(prompt(), prompt(), tokens_length=3, target_length=2, start=1) for _ in range(concepts)]
     spread = torch.logspace(0.5, -2, D, dtype=torch.float64)
     return weights, given, [prompt(spread) for _ in range(9)], prompt()
 
@@ -151,19 +152,23 @@ def test_the_null_prompt_stays_as_its_ridge_falls(seed: int) -> None:
     prompts=st.integers(0, 3),
     centres=st.integers(0, 6),
     positions=st.integers(1, 6),
+    start=st.integers(0, 1),
 )
-def test_any_number_of_anything(seed: int, concepts: int, prompts: int, centres: int, positions: int) -> None:
-    """A pooled embedding has one position, which counts; otherwise the start token is left out."""
+def test_any_number_of_anything(
+    seed: int, concepts: int, prompts: int, centres: int, positions: int, start: int
+) -> None:
+    """The start token is left out where there is one; the one position of a pooled embedding never is."""
+    start = start if positions > 1 else 0
     generator = torch.Generator().manual_seed(seed)
     given = [
-        Concept(normal(generator, positions, D), normal(generator, positions, D), positions, positions)
+        Concept(normal(generator, positions, D), normal(generator, positions, D), positions, positions, start)
         for _ in range(concepts)
     ]
     kept = [0.3 * normal(generator, positions, D) for _ in range(prompts)]
     transform = speed(given, kept, null=normal(generator, positions, D), centres=centres)
-    erased = concepts * max(positions - 1, 1)
+    erased = concepts * (positions - start)
     assert transform.is_shared
-    assert transform.factors()[0].shape == (D, min(erased, null_basis(kept, D, 0.1).shape[1]))
+    assert transform.factors()[0].shape == (D, min(erased, null_basis(kept, D, 0.1, start=start).shape[1]))
 
 
 def test_many_tokens_leave_no_rounding_errors_beyond_the_null_space() -> None:
@@ -172,7 +177,7 @@ def test_many_tokens_leave_no_rounding_errors_beyond_the_null_space() -> None:
     dim, used = 64, 20
     basis = torch.linalg.qr(normal(generator, dim, used)).Q.T
     kept = [3 * normal(generator, T, used) @ basis for _ in range(20)]
-    erased = [Concept(10 * normal(generator, T, dim), 10 * normal(generator, T, dim), 3, 2) for _ in range(20)]
+    erased = [Concept(10 * normal(generator, T, dim), 10 * normal(generator, T, dim), 3, 2, 1) for _ in range(20)]
     transform = speed(erased, kept, null=normal(generator, T, dim), ridge=1e-6)
     assert transform.factors()[0].shape == (dim, dim - used)
     for prompt in kept:
@@ -186,20 +191,42 @@ def test_start_tokens_of_concepts_and_kept_prompts_are_not_read() -> None:
     def other(tokens: Tensor) -> Tensor:
         return torch.cat([tokens[:1] + 1, tokens[1:]])
 
-    moved = [Concept(other(c.tokens), other(c.target), c.tokens_length, c.target_length) for c in concepts]
+    moved = [replace(c, tokens=other(c.tokens), target=other(c.target)) for c in concepts]
     assert torch.equal(speed(moved, map(other, kept), null=null).matrix(), expected)
     assert not torch.equal(speed(concepts, kept, null=other(null)).matrix(), expected)
     assert not torch.equal(speed(concepts, kept, null=null, rule=last_subject_pairs).matrix(), expected)
 
 
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), rho=positive, lam=positive)
+def test_without_a_start_token_every_position_counts(seed: int, rho: float, lam: float) -> None:
+    """As with a start token of zeros before each prompt, which erases nothing, keeps nothing and holds nothing."""
+    weights, concepts, kept, null = problem(seed)
+
+    def after(tokens: Tensor) -> Tensor:
+        return torch.cat([0 * tokens[:1], tokens])
+
+    plain = [replace(c, start=0) for c in concepts]
+    padded = [replace(c, tokens=after(c.tokens), target=after(c.target)) for c in concepts]
+    transform = speed(plain, kept, null=null, ridge=rho, null_ridge=lam)
+    expected = speed(padded, map(after, kept), null=after(null), ridge=rho, null_ridge=lam)
+    dropped = speed(concepts, kept, null=null, ridge=rho, null_ridge=lam)
+    for weight in weights:
+        edited = transform.on_weight(weight)
+        # Measured over 400 draws: 5.6e-15 at worst.
+        assert (edited - expected.on_weight(weight)).norm() < 1e-11 * edited.norm()
+        # Measured: 0.05 at least.
+        assert (edited - dropped.on_weight(weight)).norm() > 1e-3 * edited.norm()
+
+
 def test_erasing_nothing_is_the_identity() -> None:
     _, concepts, kept, null = problem(2)
-    same = [Concept(c.tokens, c.tokens, 2, 2) for c in concepts]
+    same = [replace(c, target=c.tokens) for c in concepts]
     assert torch.equal(speed(same, kept, null=null).matrix(), IDENTITY)
 
 
 def test_nothing_kept_leaves_everything_free() -> None:
-    basis = null_basis([], D, 0.1)
+    basis = null_basis([], D, 0.1, start=1)
     assert torch.equal(basis @ basis.T, IDENTITY)
 
 

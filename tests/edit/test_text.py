@@ -37,6 +37,10 @@ def encoder_of(folder: Path, **options: Any) -> Encoder:
     return load_encoder(folder, family_of(folder), **options)
 
 
+def fingerprint_of(folder: Path) -> str:
+    return text_fingerprint(folder, family_of(folder))
+
+
 def encoded(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
     """By stream, what the pipeline passes to its denoiser for ``prompts``, by its ``encode_prompt``."""
     options: dict[str, Any] = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
@@ -114,6 +118,34 @@ def test_lengths_are_the_attention_masks(folder_of: Folders) -> None:
     assert not streams["context"][1].tokens.any()
 
 
+def test_what_comes_before_a_prompts_words_is_what_the_tokenizer_puts_there(
+    folder_of: Folders, copy_of: Folders
+) -> None:
+    """The row that is the same in every prompt, where there is one; masked and causal, it doesn't see the words."""
+    for builder, name, starts in [
+        (tiny.stable_diffusion, "text", [1]),
+        (tiny.stable_diffusion_xl, "text", [1]),
+        (tiny.stable_diffusion_3, "context", [1, 0]),
+        (tiny.stable_diffusion_3_without_t5, "context", [1, 0]),
+        (tiny.stable_diffusion_3, "pooled", [0]),
+        (tiny.flux, "context", [0]),
+        (tiny.hidream, "llama.2", [1]),
+        (tiny.hidream, "t5", [0]),
+        (tiny.pixart, "text", [0]),
+    ]:
+        one, other = encoder_of(folder_of(builder)).embed(["gun", "zebra"])
+        assert [segment.start for segment in one[name]] == [segment.start for segment in other[name]] == starts
+        for first, second in zip(one[name], other[name], strict=True):
+            if first.tokens.any():
+                # Measured: 0, and 2.1 at least.
+                assert float((first.tokens[0] - second.tokens[0]).abs().max() < 1e-5) == first.start
+    copy = copy_of(tiny.hidream)
+    path = copy / "tokenizer_4" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    path.write_text(json.dumps({**tokenizer, "post_processor": None}))
+    assert next(encoder_of(copy).embed(["gun"]))["llama.2"][0].start == 0
+
+
 def test_batches_are_seamless(folder_of: Folders) -> None:
     prompts = [f"a {word} cat" for word in tiny.WORDS] * (BATCH // len(tiny.WORDS) + 1)
     prompts = prompts[: BATCH + 2]
@@ -165,18 +197,18 @@ def test_a_config_without_the_width(copy_of: Folders) -> None:
 def test_the_fingerprint_is_over_every_encoder(folder_of: Folders, copy_of: Folders) -> None:
     single = folder_of(tiny.stable_diffusion)
     stored = {name: t.numpy() for name, t in load_file(single / "text_encoder" / "model.safetensors").items()}
-    assert encoder_of(single).fingerprint == text_fingerprint(single, family_of(single)) == fingerprint(stored)
+    assert fingerprint_of(single) == fingerprint(stored)
     copy = copy_of(tiny.stable_diffusion_3)
-    before = encoder_of(copy).fingerprint
-    assert before == encoder_of(folder_of(tiny.stable_diffusion_3)).fingerprint
-    assert before != encoder_of(folder_of(tiny.stable_diffusion_3_without_t5)).fingerprint
+    before = fingerprint_of(copy)
+    assert before == fingerprint_of(folder_of(tiny.stable_diffusion_3))
+    assert before != fingerprint_of(folder_of(tiny.stable_diffusion_3_without_t5))
     for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         file = copy / component / "model.safetensors"
         original = file.read_bytes()
         tensors = load_file(file)
         next(iter(tensors.values())).view(-1)[0] += 1
         save_file(tensors, file, {"format": "pt"})
-        assert encoder_of(copy).fingerprint != before
+        assert fingerprint_of(copy) != before
         file.write_bytes(original)
 
 
@@ -188,9 +220,7 @@ def test_another_tokenizer_is_another_setting(folder_of: Folders, copy_of: Folde
     vocabulary = copy / "tokenizer" / "vocab.json"
     vocabulary.write_text(vocabulary.read_text().replace("gun", "nug"))
     assert text_settings(copy, family_of(copy)) != before
-    assert text_fingerprint(copy, family_of(copy)) == text_fingerprint(
-        folder_of(tiny.stable_diffusion), family_of(copy)
-    )
+    assert fingerprint_of(copy) == fingerprint_of(folder_of(tiny.stable_diffusion))
 
 
 def test_other_ways_of_storing(folder_of: Folders, copy_of: Folders) -> None:
@@ -205,7 +235,7 @@ def test_other_ways_of_storing(folder_of: Folders, copy_of: Folders) -> None:
     assert len(list(part.glob("model-*.safetensors"))) > 2
     sharded = encoder_of(copy)
     assert torch.equal(next(sharded.embed(["a gun"]))["text"][0].tokens, expected)
-    assert sharded.fingerprint == encoder_of(folder_of(tiny.pixart)).fingerprint
+    assert fingerprint_of(copy) == fingerprint_of(folder_of(tiny.pixart))
     for file in part.glob("model*"):
         file.unlink()
     model.half().save_pretrained(part, variant="fp16")

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from excise.edit.third_party import Checkpoint, compare, read_checkpoint
+from excise.edit.checkpoint import Checkpoint, read_checkpoint
+from excise.edit.third_party import compare
 from excise.edit.tokens import Concept
 from excise.edit.transform import Transform
 from excise.edit.uce import Scales, uce

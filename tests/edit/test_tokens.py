@@ -46,6 +46,12 @@ def test_length_out_of_range(length: int) -> None:
         Concept(TOKENS, TARGET, 2, length)
 
 
+@pytest.mark.parametrize("start", [-1, T])
+def test_start_out_of_range(start: int) -> None:
+    with pytest.raises(UsageError, match=f"start = {start}"):
+        Concept(TOKENS, TARGET, 2, 2, start)
+
+
 def test_shapes_and_values() -> None:
     with pytest.raises(UsageError, match=r"\(9, 3\) and \(8, 3\)"):
         Concept(TOKENS, TARGET[1:], 2, 2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from excise.cli import main
+from excise.demo import CLIP
 from excise.demo.vocabulary import KEPT, OBJECTS, WEAPONS
+from excise.edit.auto_epochs import GAIN, MOST
 from excise.edit.erase import erase
 from excise.edit.families import family_of
 from excise.edit.model_folder import Sites, read_sites
@@ -23,9 +26,12 @@ from excise.edit.problem import PROBED, spread
 from excise.edit.recipe import Recipe, resolve
 from excise.edit.text import load_encoder
 from excise.edit.transform import Transform
+from excise.editfile import load_edit
+from excise.editmetadata import Detection
 from excise.errors import ModelError, UsageError
+from excise.eval.clip_probe import OTHERS, clip_probe, detector_fingerprint, zero_shot_labels
 from excise.eval.detector import ClipDetector
-from excise.eval.epoch_probe import OTHERS, EpochProbe, clip_probe, zero_shot_labels
+from excise.eval.epoch_probe import EpochProbe
 from excise.eval.torch_runtime import TorchRuntime
 from excise.export.pipeline import cross_attention, load_pipeline
 from excise.serve.runtime import Request
@@ -50,6 +56,27 @@ def unedited(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 def flipped(name: str, weight: torch.Tensor) -> torch.Tensor:
     return weight.flip(1)
+
+
+class Recorder:
+    """A probe that judges by a function."""
+
+    detection = Detection(
+        detector="fake",
+        fingerprint="0" * 64,
+        labels=("gun",),
+        others=("cat",),
+        seeds=(0,),
+        scheduler="DDIM",
+        num_inference_steps=1,
+        guidance_scale=7.5,
+    )
+
+    def __init__(self, judge: Callable[[torch.Tensor, Transform], float]) -> None:
+        self._judge = judge
+
+    def __call__(self, derived: torch.Tensor, edit: Transform, /) -> float:
+        return self._judge(derived, edit)
 
 
 def embedded(folder: Path, *prompts: str) -> torch.Tensor:
@@ -285,7 +312,7 @@ def test_every_site_carries_its_own_edit(
         edits.append(edit)
         return judged(derived, edit)
 
-    edit = erase(tiny_model, given, certificate=False, probe=recorded)
+    edit = erase(tiny_model, given, certificate=False, probe=Recorder(recorded))
     assert [stage.detected is None for stage in edit.metadata.stages] == [True, False, False]
     assert edits[0].is_shared == (technique == "replace")
     for found, transform in zip(carried, edits, strict=True):
@@ -307,8 +334,10 @@ def test_of_many_concepts_a_few_whole_prompts_are_derived(tiny_model: Path, tech
         return 1.0
 
     given = recipe(erase=names, to=("art",), keep=(), technique=technique)
-    erase(tiny_model, given, certificate=False, probe=record)
-    ((derived, edit),) = seen
+    edit = erase(tiny_model, given, certificate=False, probe=Recorder(record))
+    assert edit.metadata.detection is not None
+    assert edit.metadata.detection.concepts == tuple(names[place] for place in spread(len(names), PROBED))
+    ((derived, before),) = seen
     places = spread(len(names), PROBED)
     assert len(set(places)) == PROBED
     assert set(np.diff(places)) == {2, 3}
@@ -316,7 +345,7 @@ def test_of_many_concepts_a_few_whole_prompts_are_derived(tiny_model: Path, tech
     assert derived.shape == tokens.shape == (PROBED * 24, 32)
     weights = list(read_sites(tiny_model).streams["text"].values())
     sites = range(len(weights))
-    moved = [weight.double() @ edit.matrix(site) for site, weight in enumerate(weights)]
+    moved = [weight.double() @ before.matrix(site) for site, weight in enumerate(weights)]
     system = torch.stack([moved[i].T @ moved[i] for i in sites]).sum(0) + given.ridge * torch.eye(32).double()
     cross = torch.stack([moved[i].T @ weights[i].double() for i in sites]).sum(0)
     expected = torch.linalg.solve(system, cross @ tokens.T).T
@@ -338,8 +367,6 @@ def test_the_command_stops_at_the_first_epoch_that_no_picture_needs(
     """The shares are given, since they change with the demo model; the tests above measure real ones."""
     shares = iter([1.0, 0.0])
     monkeypatch.setattr(EpochProbe, "__call__", lambda probe, derived, moved: next(shares))
-    # So that the margin, which changes with the model too, doesn't end the run first.
-    monkeypatch.setattr("excise.edit.auto_epochs.GAIN", -1.0)
     out = tmp_path / "gun.safetensors"
     concept = ("--erase", "gun", "--to", "sunflower", "--keep", "cat", "--keep", "dog", "--keep", "car")
     epochs = ("--anchor", "original", "--ridge", "1", "--epochs", "auto")
@@ -347,12 +374,39 @@ def test_the_command_stops_at_the_first_epoch_that_no_picture_needs(
     arguments = ("edit", "demo:model", *concept, *epochs, *judged, "--no-cache", "--out", str(out), "--json")
     assert main(arguments) == 0
     output = capsys.readouterr()
-    stages = json.loads(output.out)["metadata"]["stages"]
-    assert [(stage["stage"], stage["detected"], stage["accepted"]) for stage in stages] == [
-        ("uce", None, True),
-        ("epoch 1", 1.0, True),
-        ("epoch 2", 0.0, False),
+    metadata = json.loads(output.out)["metadata"]
+    shown = [
+        (stage["stage"], stage["detected"], stage.get("detected_after"), stage["accepted"])
+        for stage in metadata["stages"]
     ]
+    assert shown == [("uce", None, None, True), ("epoch 1", 1.0, 0.0, True), ("epoch 2", 0.0, None, False)]
+    assert metadata["detection"] == {
+        "detector": "CLIP, zero-shot: the top label",
+        "fingerprint": detector_fingerprint(CLIP),
+        "labels": ["gun"],
+        "others": list(KEPT),
+        "concepts": ["gun"],
+        "pictures": 2,
+        "seeds": [0, 1],
+        "scheduler": "DDIM",
+        "num_inference_steps": 25,
+        "guidance_scale": 7.5,
+    }
+    assert metadata["stop_rule"] == {"judge": "detector", "gain": GAIN, "most": MOST}
+    assert load_edit(out).metadata.model_dump(mode="json") == metadata
+
+
+def test_a_detector_is_known_by_its_content(demo_clip: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(demo_clip, tmp_path / "elsewhere"))
+    assert detector_fingerprint(copy) == detector_fingerprint(demo_clip)
+    (copy / "README.md").write_text("mine")
+    (copy / "pytorch_model.bin").write_bytes(b"not read beside safetensors")
+    assert detector_fingerprint(copy) == detector_fingerprint(demo_clip)
+    for name in ("config.json", "model.safetensors"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert detector_fingerprint(copy) != detector_fingerprint(demo_clip)
+        (copy / name).write_bytes(content)
 
 
 def test_the_commands_bad_values_are_one_line(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from excise.editfile import Edit
-from excise.errors import ArtefactError, EditError, FingerprintMismatch, NumericsError
+from excise.errors import ArtefactError, EditError, FingerprintMismatch, NumericsError, OutputError
 from excise.export.layout import separate
 from excise.export.onnx_graph import Graph
 from excise.export.patch import patch
@@ -155,6 +155,21 @@ def test_copies_are_of_one_link_each(first: Path, make_edit: MakeEdit, tmp_path:
     patch(first, make_edit(2), out=tmp_path / "out", link=False)
     assert {path.stat().st_nlink for path in (tmp_path / "out").rglob("*") if path.is_file()} == {1}
     onnx.load(tmp_path / "out/unet/model.onnx")
+
+
+def test_an_engine_of_the_present_edit_doesnt_come_along(first: Path, make_edit: MakeEdit, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    shutil.copytree(first, folder)
+    for component in ("unet", "vae_decoder"):
+        (folder / component / "model.engine").write_bytes(b"plan")
+        (folder / component / "model.engine.json").write_text("{}")
+    before = contents(folder)
+    with pytest.raises(OutputError, match=r"unet/model\.engine holds the present edit: name a new folder with --out"):
+        patch(folder, make_edit(2))
+    assert contents(folder) == before
+    patch(folder, make_edit(2), out=tmp_path / "out")
+    assert [path.parent.name for path in (tmp_path / "out").rglob("*.engine*")] == ["vae_decoder", "vae_decoder"]
+    assert contents(folder) == before
 
 
 def test_in_place_the_folder_keeps_what_else_lies_in_it(first: Path, make_edit: MakeEdit, tmp_path: Path) -> None:
