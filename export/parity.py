@@ -7,96 +7,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from excise.errors import ArtefactError, MissingExtra, NumericsError
+from excise.errors import ArtefactError, MissingExtra
 from excise.export.quiet import quiet
+from excise.parity import Parity, parity
 
 TIMESTEPS = (801, 401, 21)
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
 @dataclass(frozen=True)
-class Parity:
-    """Distances between two implementations of one edited model.
+class DenoiserInputs:
+    """What denoisers are compared on.
 
     Attributes:
-        relative: ‖exported − edited‖ / ‖edited − base‖, Frobenius.
-        max_abs: Largest |exported − edited|.
-        edit_relative: ‖edited − base‖ / ‖base‖: the size of the edit itself.
-        edit_max_abs: Largest |edited − base|.
-    """
-
-    relative: float
-    max_abs: float
-    edit_relative: float
-    edit_max_abs: float
-
-    def dict(self) -> dict[str, float]:
-        """The figures by name, for the manifest."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class UNetInputs:
-    """What the UNets are compared on.
-
-    Attributes:
-        sample: Latents, shape (n, channels, height, width).
+        sample: Latents, shape (n, channels, height, width); Flux's, packed, have (n, places, channels).
         timesteps: Each is run with the whole batch.
         encoder_hidden_states: Text states, shape (n, t, d).
+        others: What else the denoiser reads, by its input's name; n rows each, except those of ``ONE_FOR_ALL``.
+        latents: Name of the input that takes ``sample``.
     """
 
     sample: NDArray[np.float32]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     encoder_hidden_states: NDArray[np.float32]
+    others: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    latents: str = "sample"
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every input by its name, but the timestep."""
+        return {self.latents: self.sample, "encoder_hidden_states": self.encoder_hidden_states, **self.others}
 
 
-def parity(base: NDArray[Any], edited: NDArray[Any], exported: NDArray[Any]) -> Parity:
-    """Compare outputs of equal shape: UNet outputs, final latents or images; computed in float64.
-
-    Args:
-        base: From the unedited PyTorch model.
-        edited: From the edited PyTorch model, same inputs.
-        exported: From the exported edited model, same inputs.
-
-    Raises:
-        NumericsError: Shapes differ, an output isn't finite, or the edit changed nothing, so that there is no scale.
-    """
-    if not base.shape == edited.shape == exported.shape:
-        raise NumericsError(f"parity needs equal shapes: {base.shape}, {edited.shape} and {exported.shape}")
-    arrays = {"base": base, "edited": edited, "exported": exported}
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise NumericsError(f"the {name} model's outputs aren't finite: check it before measuring parity")
-    start, target, found = (array.astype(np.float64) for array in arrays.values())
-    moved, error = target - start, found - target
-    scale = float(np.linalg.norm(moved))
-    if scale == 0:
-        raise NumericsError("the edit changes none of these outputs: choose prompts that it acts on")
-    norm = float(np.linalg.norm(start))
-    return Parity(
-        relative=float(np.linalg.norm(error)) / scale,
-        max_abs=float(np.abs(error).max()),
-        edit_relative=scale / norm if norm else 0.0,
-        edit_max_abs=float(np.abs(moved).max()),
-    )
+#: Stable Diffusion's.
+UNetInputs = DenoiserInputs
+#: Inputs with a row for each token or place, whatever the batch.
+ONE_FOR_ALL = ("txt_ids", "img_ids")
 
 
 def make_inputs(
     unet: Any, encoder_hidden_states: NDArray[Any], *, seed: int = 0, timesteps: Sequence[int] = TIMESTEPS
-) -> UNetInputs:
+) -> DenoiserInputs:
     """Seeded normal latents of the UNet's own size, one for each text state (n, t, d)."""
     side = unet.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
-    shape = (len(encoder_hidden_states), unet.config.in_channels, height, width)
-    sample = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return UNetInputs(sample, tuple(timesteps), encoder_hidden_states.astype(np.float32))
+    sample = random_latents(seed, (len(encoder_hidden_states), unet.config.in_channels, height, width))
+    return DenoiserInputs(sample, tuple(timesteps), encoder_hidden_states.astype(np.float32))
+
+
+def random_latents(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Standard normal latents."""
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def text_states(pipe: Any, prompts: Sequence[str]) -> NDArray[np.float32]:
@@ -109,22 +77,29 @@ def text_states(pipe: Any, prompts: Sequence[str]) -> NDArray[np.float32]:
     return result
 
 
-def torch_outputs(unet: Any, inputs: UNetInputs) -> NDArray[np.float32]:
-    """A torch UNet's outputs, shape (timesteps, n, channels, height, width)."""
+def torch_outputs(denoiser: Any, inputs: DenoiserInputs) -> NDArray[np.float32]:
+    """A torch denoiser's outputs, shape (timesteps, *the sample's)."""
     import torch
 
-    sample, states = torch.from_numpy(inputs.sample), torch.from_numpy(inputs.encoder_hidden_states)
+    arguments: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.arrays().items()}
+    if "time_ids" in arguments:
+        arguments["added_cond_kwargs"] = {name: arguments.pop(name) for name in ("text_embeds", "time_ids")}
+    outputs = []
     with torch.no_grad(), quiet():
-        outputs = [unet(sample, torch.tensor(float(t)), states, return_dict=False)[0] for t in inputs.timesteps]
+        for step in inputs.timesteps:
+            timestep = torch.full((len(inputs.sample),), float(step))
+            outputs.append(denoiser(timestep=timestep, **arguments, return_dict=False)[0])
     result: NDArray[np.float32] = torch.stack(outputs).float().numpy()
     return result
 
 
-def onnx_outputs(path: Path, inputs: UNetInputs) -> NDArray[np.float32]:
-    """An ONNX UNet's outputs on ONNX Runtime's CPU provider, shape (timesteps, n, channels, height, width).
+def onnx_outputs(path: Path, inputs: DenoiserInputs) -> NDArray[np.float32]:
+    """An ONNX denoiser's outputs on ONNX Runtime's CPU provider, shape (timesteps, *the sample's).
+
+    A model with a fixed batch is run as often as the rows need. The provider computes float16 in float32.
 
     Raises:
-        ArtefactError: The file can't be loaded or run, or it has other inputs than Stable Diffusion's UNet.
+        ArtefactError: The file can't be loaded or run, or it has other inputs than these.
         MissingExtra: onnxruntime isn't installed.
     """
     try:
@@ -135,20 +110,26 @@ def onnx_outputs(path: Path, inputs: UNetInputs) -> NDArray[np.float32]:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        types = {one.name: np.float16 if "float16" in one.type else np.float32 for one in session.get_inputs()}
-        integer = any("int64" in one.type for one in session.get_inputs())
-        outputs = []
-        for step in inputs.timesteps:
-            feed: dict[str, NDArray[Any]] = {
-                "sample": inputs.sample.astype(types["sample"]),
-                "timestep": np.array(step, dtype=np.int64 if integer else types["timestep"]),
-                "encoder_hidden_states": inputs.encoder_hidden_states.astype(types["encoder_hidden_states"]),
-            }
-            outputs.append(np.asarray(session.run(None, feed)[0], dtype=np.float32))
+        outputs = [_run(session, inputs, step) for step in inputs.timesteps]
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ArtefactError(f"{path} can't be run as a Stable Diffusion UNet: {reason}") from error
+        raise ArtefactError(f"{path} can't be run as a Stable Diffusion UNet or a transformer: {reason}") from error
     return np.stack(outputs)
+
+
+def _run(session: Any, inputs: DenoiserInputs, step: float) -> NDArray[np.float32]:
+    """The output at one timestep, in the model's own batches; the last one is filled up with copies."""
+    declared = {one.name: one for one in session.get_inputs()}
+    count, fixed = len(inputs.sample), declared[inputs.latents].shape[0]
+    size = fixed if isinstance(fixed, int) else count
+    outputs = []
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        feed = {name: array if name in ONE_FOR_ALL else array[rows] for name, array in inputs.arrays().items()}
+        feed["timestep"] = np.full((size,) if declared["timestep"].shape else (), step)
+        cast = {name: array.astype(_DTYPES[declared[name].type]) for name, array in feed.items()}
+        outputs.append(np.asarray(session.run(None, cast)[0], dtype=np.float32)[: count - start])
+    return np.concatenate(outputs)
 
 
 def unet_parity(

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,14 @@ _ONE_OF = {
     "image_processor": ("preprocessor_config.json",),
 }
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
-_WEIGHTS = "unet/diffusion_pytorch_model"
+_WEIGHTS = "diffusion_pytorch_model"
+_DENOISERS = ("unet", "transformer")
+
+
+class _Metadata(Protocol):
+    @property
+    def component(self) -> Literal["unet", "transformer"]:
+        """Folder of the denoiser that the edit moves."""
 
 
 class WeightEdit(Protocol):
@@ -33,8 +40,12 @@ class WeightEdit(Protocol):
         """SHA-256 of the edit's content."""
 
     @property
+    def metadata(self) -> _Metadata:
+        """What the edit says of itself."""
+
+    @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the moved weights, relative to the UNet."""
+        """Names of the moved weights, relative to the denoiser."""
 
     @property
     def summary(self) -> str:
@@ -57,20 +68,27 @@ def check_model(model: Path) -> tuple[str, ...]:
     """
     if not model.is_dir():
         raise ModelError(f"{model} doesn't exist: name a diffusers folder, or a hub id such as owner/name")
-    index = _read_json(model / "model_index.json", f"{model} is not a diffusers folder: it has no model_index.json")
+    index = _read_index(model)
     components = {
         name: value
         for name, value in index.items()
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1] is not None
     }
-    if "unet" not in components:
+    if not any(name in components for name in _DENOISERS):
         found = ", ".join(sorted(components)) or "nothing"
-        raise ModelError(f"{model} has no UNet (model_index.json lists {found}): excise edits Stable Diffusion's UNet")
+        raise ModelError(
+            f"{model} has no unet and no transformer (model_index.json lists {found}): there is nothing to edit"
+        )
     absent = tuple(name for name in components if name in _OPTIONAL and not (model / name).exists())
     for name in components:
         if name not in absent:
             _check_component(model / name, name)
     return absent
+
+
+def _read_index(model: Path) -> dict[str, Any]:
+    """``model_index.json``: the pipeline's class and its components."""
+    return _read_json(model / "model_index.json", f"{model} is not a diffusers folder: it has no model_index.json")
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
@@ -127,8 +145,22 @@ def check_safetensors(path: Path) -> None:
         raise ModelError(f"{path} is cut off or altered ({size} bytes, its header says {expected}): {again}")
 
 
+def pipeline_class(model: Path) -> str:
+    """Class of the pipeline in a diffusers folder, by ``model_index.json``.
+
+    Raises:
+        ModelError: There is no such file, or it doesn't say.
+    """
+    return str(_read_index(model).get("_class_name"))
+
+
+def is_local(model: Path | str) -> bool:
+    """Whether ``model`` is to be found on this machine, rather than a hub id."""
+    return Path(model).exists() or not _HUB_ID.match(str(model))
+
+
 def load_pipeline(model: Path | str, edit: WeightEdit | None = None, *, force: bool = False) -> Any:
-    """Load a diffusers pipeline in float32 on the CPU, from safetensors only, and apply ``edit`` to its UNet.
+    """Load a diffusers pipeline in float32 on the CPU, from safetensors only, and apply ``edit`` to its denoiser.
 
     Args:
         model: A diffusers folder, or a hub id (``owner/name``) if there is no such folder.
@@ -143,12 +175,11 @@ def load_pipeline(model: Path | str, edit: WeightEdit | None = None, *, force: b
         FingerprintMismatch: ``edit`` was made for another model.
         MissingExtra: diffusers isn't installed.
     """
-    local = Path(model).exists() or not _HUB_ID.match(str(model))
+    local = is_local(model)
     options: dict[str, Any] = {}
     if local:
-        options |= dict.fromkeys(check_model(Path(model)))
-        half, whole = (Path(model) / f"{_WEIGHTS}{kind}.safetensors" for kind in (".fp16", ""))
-        if half.is_file() and not whole.is_file():
+        options |= dict.fromkeys([*check_model(Path(model)), *_left_out(Path(model))])
+        if _only_half(Path(model)):
             options["variant"] = "fp16"
     if "safety_checker" in options:
         options["requires_safety_checker"] = False
@@ -167,41 +198,69 @@ def load_pipeline(model: Path | str, edit: WeightEdit | None = None, *, force: b
         raise
     except Exception as error:
         raise ModelError(f"{model} can't be loaded: {first_line(error)}") from error
-    if getattr(pipe, "unet", None) is None:
-        raise ModelError(f"{model} has no UNet: excise edits Stable Diffusion's UNet")
-    pipe.unet.eval()
+    component = next((name for name in _DENOISERS if getattr(pipe, name, None) is not None), None)
+    if component is None:
+        raise ModelError(f"{model} has no unet and no transformer: there is nothing to edit")
+    getattr(pipe, component).eval()
     if edit is not None:
-        apply_edit(pipe.unet, edit, force=force)
+        apply_edit(denoiser_for(pipe, edit), edit, force=force)
     return pipe
 
 
-def read_weights(unet: Any, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Views of a UNet's parameters as NumPy arrays.
+def _left_out(model: Path) -> list[str]:
+    """Components that model_index.json has as null: diffusers wants to be told, where they aren't optional to it."""
+    return [name for name, value in _read_index(model).items() if value == [None, None]]
+
+
+def _only_half(model: Path) -> bool:
+    """Whether a denoiser's weights are there as the variant ``fp16`` alone."""
+    return any(
+        any((model / name).glob(f"{_WEIGHTS}.fp16*.safetensors"))
+        and not (model / name / f"{_WEIGHTS}.safetensors").is_file()
+        and not (model / name / f"{_WEIGHTS}.safetensors.index.json").is_file()
+        for name in _DENOISERS
+    )
+
+
+def denoiser_for(pipe: Any, edit: WeightEdit) -> Any:
+    """The torch denoiser that an edit moves.
 
     Raises:
-        FingerprintMismatch: The UNet has no parameter of that name.
+        FingerprintMismatch: The pipeline has another one.
     """
-    parameters = dict(unet.named_parameters())
+    denoiser = getattr(pipe, edit.metadata.component, None)
+    if denoiser is None:
+        raise FingerprintMismatch(f"the edit is for another model: this one has no {edit.metadata.component}")
+    return denoiser
+
+
+def read_weights(denoiser: Any, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Views of a denoiser's parameters as NumPy arrays.
+
+    Raises:
+        FingerprintMismatch: The denoiser has no parameter of that name.
+    """
+    parameters = dict(denoiser.named_parameters())
     if absent := [name for name in names if name not in parameters]:
         raise FingerprintMismatch(f"the edit is for another model: this one has no {absent[0]}")
     return {name: parameters[name].detach().cpu().numpy() for name in names}
 
 
-def apply_edit(unet: Any, edit: WeightEdit, *, force: bool = False) -> None:
-    """Move a torch UNet's weights in place.
+def apply_edit(denoiser: Any, edit: WeightEdit, *, force: bool = False) -> None:
+    """Move a torch denoiser's weights in place.
 
     Raises:
         FingerprintMismatch: The edit was made for another model.
     """
     import torch
 
-    before = read_weights(unet, edit.sites)
+    before = read_weights(denoiser, edit.sites)
     after = edit.apply(before, force=force)
     if wrong := [name for name in before if name not in after or after[name].shape != before[name].shape]:
         raise FingerprintMismatch(
             f"the edit is for another model: it gives no {wrong[0]} of shape {before[wrong[0]].shape}"
         )
-    parameters = dict(unet.named_parameters())
+    parameters = dict(denoiser.named_parameters())
     with torch.no_grad():
         for name, values in before.items():
             parameters[name].copy_(torch.from_numpy(np.array(after[name], dtype=values.dtype)))

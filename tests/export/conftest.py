@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,14 @@ class RandomEdit:
 
     sites: tuple[str, ...]
     size: float = 0.2
+    component: str = "unet"
     foreign: bool = False
     id: str = "5e" * 32
     summary: str = "random: 'gun' → ' '"
+
+    @property
+    def metadata(self) -> SimpleNamespace:
+        return SimpleNamespace(component=self.component)
 
     @property
     def matrix(self) -> NDArray[np.float64]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -31,7 +30,8 @@ from excise.export.pipeline import load_pipeline
 from excise.manifest import FORMAT, hash_file, read_manifest, verify
 from excise.onnx_metadata import read_edit_id
 
-OPTIMUM = "optimum.exporters.onnx.onnx_export_from_model"
+OPTIMUM = "optimum.exporters.onnx.export"
+VALIDATION = "optimum.exporters.onnx.validate_model_outputs"
 
 
 def test_the_manifest_describes_and_verifies_the_folder(edited: Path, edit: Any, tiny_model: Path) -> None:
@@ -118,15 +118,14 @@ def test_progress_is_told(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(OPTIMUM, fail(RuntimeError("stop")))
     with pytest.raises(ArtefactError):
         export_pipeline(tiny_model, tmp_path / "out", progress=said.append)
-    assert said == [f"loading {tiny_model}", "exporting to ONNX"]
+    assert said == [f"loading {tiny_model}", "exporting text_encoder to ONNX"]
 
 
 def fail(error: BaseException, cause: BaseException | None = None) -> Any:
     """Something that writes half an export and raises."""
 
-    def half(pipe: Any, folder: Path, **_: Any) -> None:
-        (Path(folder) / "unet").mkdir()
-        (Path(folder) / "unet" / "model.onnx").write_bytes(b"half")
+    def half(model: Any, description: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
         print("chatter")
         raise error from cause
 
@@ -179,8 +178,9 @@ def test_a_late_failure_leaves_nothing(
 ) -> None:
     """An exporter that loses the edit is caught by the weight map, and the folder doesn't appear."""
 
-    def loses_the_edit(pipe: Any, folder: Path, **_: Any) -> None:
-        shutil.copytree(optimum, folder, dirs_exist_ok=True)
+    def loses_the_edit(model: Any, description: Any, path: Path, **_: Any) -> tuple[list[str], list[str]]:
+        shutil.copy(optimum / path.parent.name / path.name, path)
+        return [], list(description.outputs)
 
     monkeypatch.setattr(OPTIMUM, loses_the_edit)
     with pytest.raises(ArtefactError, match="holds other values"):
@@ -236,8 +236,8 @@ def test_a_missing_optimum_names_the_extra(tiny_model: Path, tmp_path: Path, mon
 
 
 def test_a_unet_without_text_is_refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("excise.export.onnx_export.cross_attention", lambda unet: ())
-    with pytest.raises(NoCrossAttention, match="has no cross-attention"):
+    monkeypatch.setattr("excise.export.denoisers.Denoiser.sites_of", lambda self, unet: ())
+    with pytest.raises(NoCrossAttention, match="has no weights that read the text"):
         export_pipeline(tiny_model, tmp_path / "out")
 
 
@@ -258,18 +258,47 @@ def test_models_over_two_gigabytes_keep_their_external_data(
     assert verify(tmp_path / "out") == []
 
 
-def test_optimums_doubts_are_told(
-    tiny_model: Path, optimum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def doubts(pipe: Any, folder: Path, **_: Any) -> None:
-        shutil.copytree(optimum, folder, dirs_exist_ok=True)
-        doubt = f"The ONNX export succeeded with the warning: off by 1.\n The exported model was saved at: {folder}"
-        logging.getLogger("optimum.exporters.onnx").warning(doubt)
+def test_optimums_doubts_are_told(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimum.exporters.error_utils import AtolError
 
-    monkeypatch.setattr(OPTIMUM, doubts)
+    def doubts(description: Any, model: Any, path: Path, *_: Any, **__: Any) -> None:
+        if path.parent.name == "unet":
+            raise AtolError("off by 1:\n- sample")
+
+    monkeypatch.setattr(VALIDATION, doubts)
     said: list[str] = []
     export_pipeline(tiny_model, tmp_path / "out", progress=said.append)
-    assert said[2] == "The ONNX export succeeded with the warning: off by 1."
+    assert said[1:4] == ["exporting text_encoder to ONNX", "exporting unet to ONNX", "unet: off by 1: - sample"]
+
+
+def test_optimum_writing_nothing_is_an_error(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPTIMUM, lambda *_, **__: ([], []))
+    with pytest.raises(ArtefactError, match=r"Optimum wrote no text_encoder/model\.onnx"):
+        export_pipeline(tiny_model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_component_is_exported_once_and_let_go(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one component is exported, those before it are gone: the exporter holds no second copy."""
+    import gc
+    import weakref
+
+    from optimum.exporters.onnx import export
+
+    alive: list[weakref.ref[Any]] = []
+    seen: list[tuple[str, int]] = []
+
+    def watched(model: Any, description: Any, path: Path, **options: Any) -> Any:
+        gc.collect()
+        seen.append((path.parent.name, sum(one() is not None for one in alive)))
+        alive.append(weakref.ref(model))
+        return export(model, description, path, **options)
+
+    monkeypatch.setattr(OPTIMUM, watched)
+    export_pipeline(tiny_model, tmp_path / "out")
+    assert seen == [("text_encoder", 0), ("unet", 0), ("vae_encoder", 0), ("vae_decoder", 0)]
 
 
 @pytest.mark.parametrize("option", ["addition_embed_type", "class_embed_type", "encoder_hid_dim_type"])
@@ -279,7 +308,7 @@ def test_a_unet_that_reads_more_than_text_is_refused(
     pipe = load_pipeline(tiny_model)
     pipe.unet.register_to_config(**{option: "text_time"})
     monkeypatch.setattr("excise.export.onnx_export.load_pipeline", lambda model: pipe)
-    with pytest.raises(ModelError, match=f"UNet with {option} 'text_time', which can't be exported yet"):
+    with pytest.raises(ModelError, match=f"denoiser with {option} 'text_time', which can't be exported"):
         export_pipeline(tiny_model, tmp_path / "out")
 
 

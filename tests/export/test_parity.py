@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from excise.errors import ArtefactError, NumericsError
-from excise.export.parity import Parity, make_inputs, parity, text_states, torch_outputs, unet_parity
+from excise.export.parity import make_inputs, text_states, torch_outputs, unet_parity
 from excise.export.pipeline import load_pipeline
+from excise.parity import Parity, parity
 
 
 def arrays() -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -26,7 +26,7 @@ def truncate(path: Path, size: int) -> None:
 
 def no_unet(model: Path) -> None:
     index = json.loads((model / "model_index.json").read_text())
-    index["transformer"] = index.pop("unet")
+    index["prior"] = index.pop("unet")
     (model / "model_index.json").write_text(json.dumps(index))
 
 
@@ -43,7 +43,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     ("no index", lambda m: (m / "model_index.json").unlink(), "has no model_index.json"),
     ("index cut off", lambda m: truncate(m / "model_index.json", 40), "can't be read as JSON"),
     ("index is a list", lambda m: (m / "model_index.json").write_text("[]"), "is not a JSON object"),
-    ("no unet", no_unet, "has no UNet"),
+    ("no denoiser", no_unet, "has no unet and no transformer .* prior, "),
     ("no folder", lambda m: shutil.rmtree(m / "vae"), "vae is missing, and model_index.json lists it"),
     ("no config", lambda m: (m / "unet" / "config.json").unlink(), "unet has no config.json"),
     ("no scheduler", lambda m: (m / "scheduler" / "scheduler_config.json").unlink(), "no scheduler_config.json"),
@@ -127,5 +127,7 @@ def test_an_edit_for_another_model_is_refused_unless_forced(tiny_model: Path, ed
     with pytest.raises(FingerprintMismatch):
         load_pipeline(tiny_model, foreign)
     load_pipeline(tiny_model, foreign, force=True)
+    with pytest.raises(FingerprintMismatch, match="this one has no transformer"):
+        load_pipeline(tiny_model, replace(edit, component="transformer"), force=True)
     with pytest.raises(FingerprintMismatch, match=r"this one has no nowhere\.weight"):
         load_pipeline(tiny_model, replace(edit, sites=("nowhere.weight",)), force=True)

@@ -41,7 +41,8 @@ def values(tiny_model: Path, sites: tuple[str, ...]) -> dict[str, NDArray[Any]]:
 @pytest.fixture(scope="module")
 def twins(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, NDArray[Any]]]:
     """A UNet's raw export in which mid to_k equals down to_k and mid attn1 to_k is mid to_v, and its weights."""
-    from excise.export.onnx_export import _export
+    from excise.export.components import export_components
+    from excise.export.options import ExportOptions
 
     pipe = load_pipeline(tiny_model)
     parameters = dict(pipe.unet.named_parameters())
@@ -49,7 +50,7 @@ def twins(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     parameters[ATTN1_K].data.copy_(parameters[MID_V].data)
     weights = {name: np.array(array) for name, array in read_weights(pipe.unet, [K, MID_K, MID_V]).items()}
     folder = tmp_path_factory.mktemp("twins")
-    _export(pipe, folder)
+    export_components(pipe, folder, ExportOptions(), lambda message: None)
     return folder / "unet" / "model.onnx", weights
 
 
