@@ -184,12 +184,12 @@ def test_unsharing_changes_no_output(twins: tuple[Path, dict[str, NDArray[Any]]]
 
 
 def test_external_data_is_read_and_its_loss_is_an_error(
-    plain: Path, values: dict[str, NDArray[Any]], tmp_path: Path
+    optimum: Path, values: dict[str, NDArray[Any]], tmp_path: Path
 ) -> None:
-    path = external(plain / "unet" / "model.onnx", tmp_path / "external")
+    path = external(optimum / "unet" / "model.onnx", tmp_path / "external")
     there = {"data": "unet/model.onnx_data", "offset": 0}
     assert {n: e.model_copy(update=there) for n, e in map_weights(path, values).items()} == {
-        n: e.model_copy(update=there) for n, e in map_weights(plain / "unet" / "model.onnx", values).items()
+        n: e.model_copy(update=there) for n, e in map_weights(optimum / "unet" / "model.onnx", values).items()
     }
     (path.parent / "model.onnx_data").unlink()
     with pytest.raises(ArtefactError, match="can't be read"):
