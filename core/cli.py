@@ -14,6 +14,7 @@ from excise.cli_bank import bank, fuse
 from excise.cli_edit import apply, edit, import_checkpoint, stack, sweep
 from excise.cli_engine import engines
 from excise.cli_export import export, patch
+from excise.cli_refit import refit
 from excise.console import json_option, needs, result, say
 from excise.errors import ExciseError
 
@@ -92,7 +93,7 @@ def inspect(path: Path, base: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for _command in (edit, apply, stack, import_checkpoint, sweep, export, patch, bank, fuse, engines):
+for _command in (edit, apply, stack, import_checkpoint, sweep, export, patch, refit, bank, fuse, engines):
     cli.add_command(_command)
 
 

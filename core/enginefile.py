@@ -184,7 +184,7 @@ def check_engine(engine: Path) -> list[str]:
         if not path.is_file():
             problems.append(f"{engine} can't be told from a stale one: {path} is missing")
         elif _differs(path, source):
-            problems.append(f"{engine} is stale: it was built from another {name}; build it again, or refit it")
+            problems.append(f"{engine} is stale: it was built from another {name}; build it again")
     return problems
 
 

@@ -96,7 +96,7 @@ def build_engines(
             onnx = engine.with_name(MODEL)
             entries[name] = build_engine(onnx, engine, engine_options, loaded, weights=weights)
         (partial / NAME).unlink()  # a link to the old one
-        _write_manifest(partial, manifest, loaded, entries)
+        record_engines(partial, manifest, loaded, entries)
     return entries
 
 
@@ -165,16 +165,16 @@ def _config(folder: Path, component: str, key: str) -> Any:
     return value
 
 
-def _write_manifest(
+def record_engines(
     folder: Path, manifest: Manifest, library: EngineLibrary, entries: Mapping[str, EngineEntry]
-) -> None:
-    """The manifest with the engines among its files, and the engine's name of every refittable weight."""
+) -> Manifest:
+    """Write the manifest with the engines among its files, and the engine's name of every refittable weight."""
     names = {name: place.engine_weight for entry in entries.values() for name, place in entry.refittable.items()}
     weights = {
         name: entry.model_copy(update={"engine_weight": names.get(name)}) for name, entry in manifest.weights.items()
     }
     engines = {f"{name}/{file}" for name in entries for file in (ENGINE, f"{ENGINE}.json")}
-    write_manifest(
+    return write_manifest(
         folder,
         kind=manifest.kind,
         base=manifest.base,

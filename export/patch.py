@@ -66,7 +66,7 @@ def patch(
     engine = f"{edit.metadata.component}/{ENGINE}"
     if out is None and (folder / engine).exists():
         raise OutputError(
-            f"{folder / engine} holds the present edit: name a new folder with --out, or refit the engine"
+            f"{folder / engine} holds the present edit: name a new folder with --out, or use excise refit"
         )
     place: AbstractContextManager[Path] = replaced_folder(folder) if out is None else new_folder(out)
     with place as partial:

@@ -6,7 +6,7 @@ ONNX Runtime on the CPU is the oracle. Everything here needs a GPU and one of th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -16,22 +16,26 @@ from numpy.typing import NDArray
 
 from excise.edited_initializers import edited_initializers
 from excise.editfile import Edit
-from excise.enginefile import ENGINE, network_name, read_engine
-from excise.errors import MissingExtra
+from excise.enginefile import ENGINE, check_engine, network_name, read_engine
+from excise.errors import ArtefactError, MissingExtra
+from excise.export.engine_execution import EngineExecution
 from excise.export.engine_library import EngineLibrary, gpu_capability, load_library
 from excise.export.engine_options import PipelineOptions
 from excise.export.engine_pipeline import build_engines
 from excise.export.onnx_export import export_pipeline
 from excise.export.patch import patch
 from excise.export.pipeline import load_pipeline, read_weights
+from excise.export.refit import refit
 from excise.export.refit_plan import RefitPlan, execute, refit_plan
-from excise.manifest import read_manifest
+from excise.manifest import read_manifest, verify
 from tests.random_edits import random_edit
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: not run on a GPU")
 OPTIONS = PipelineOptions(tf32=False)
 #: Of float32 sums in another order; not yet measured on a GPU.
 TOLERANCE = 1e-3
+#: Of a refit, relative to the edit's movement; not yet measured on a GPU either.
+TOLERANCES = {"fp32": 0.01, "fp16": 0.05}
 
 
 @pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
@@ -156,3 +160,39 @@ def test_there_and_back_leaves_nothing(
     assert difference(outputs[1], outputs[0]) > 10 * TOLERANCE
     assert difference(outputs[2], outputs[0]) < TOLERANCE
     assert difference(outputs[3], expected(onnx)) < TOLERANCE
+
+
+@needs_gpu
+def test_an_engine_runs_as_its_context_does(engines: Path, library: EngineLibrary) -> None:
+    engine, _runtime = opened(engines / "unet" / ENGINE, library)
+    np.testing.assert_array_equal(EngineExecution(engine, library)(inputs()), computed(engine))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_refitted_folder_is_the_patched_one_with_its_engine(
+    dtype: Literal["fp32", "fp16"], tiny_model: Path, edits: tuple[Edit, Edit], library: EngineLibrary, tmp_path: Path
+) -> None:
+    export_pipeline(tiny_model, tmp_path / "plain", dtype=dtype)
+    folder = tmp_path / "engines"
+    build_engines(tmp_path / "plain", library, OPTIONS.model_copy(update={"refit": True}), out=folder)
+    for edit in (edits[0], edits[1], edits[0]):
+        done = refit(folder, edit, library)
+        assert done.parity.relative < TOLERANCES[dtype]
+        assert done.entry.edit == edit.id
+        assert check_engine(folder / "unet" / ENGINE) == verify(folder) == []
+    patch(tmp_path / "plain", edits[0], out=tmp_path / "patched")
+    engine, _runtime = opened(folder / "unet" / ENGINE, library)
+    assert engine.refittable
+    if dtype == "fp32":
+        assert difference(computed(engine), expected(tmp_path / "patched")) < TOLERANCE
+
+
+@needs_gpu
+def test_an_engine_that_kept_its_weights_is_refused(
+    engines: Path, edits: tuple[Edit, Edit], library: EngineLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("excise.export.refit.execute", lambda plan, engine, library: None)
+    with pytest.raises(ArtefactError, match="of the edit's own movement away from the patched ONNX model"):
+        refit(engines, edits[0], library, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
