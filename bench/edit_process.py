@@ -104,10 +104,10 @@ def make_folder(folder: Path) -> None:
         progress(f"making {component}")
         (partial / component).mkdir()
         (partial / component / "config.json").write_text(json.dumps(config))
-        # Matrices near their usual scale, so that activations stay finite; norms' weights near 1.
+        # By each one's number of inputs, so that activations stay finite; norms' weights are 1.
         weights = {
             name: (
-                torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5
+                torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5
                 if p.ndim > 1
                 else torch.ones(p.shape) * ("norm" in name and name.endswith("weight"))
             )
