@@ -122,7 +122,7 @@ def make_folder(folder: Path) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """The demo model's tokenizer, filled up to CLIP's number of entries and merges."""
+    """The demo model's tokenizer, filled up to CLIP's number of entries."""
     from excise.demo import MODEL
 
     shutil.copytree(MODEL / "tokenizer", folder)
@@ -132,9 +132,6 @@ def make_tokenizer(folder: Path) -> None:
     names += [f"filler{number}</w>" for number in range(TEXT["vocab_size"] - len(names) - 2)]
     ids = {name: number for number, name in enumerate(names)}
     (folder / "vocab.json").write_text(json.dumps({**ids, "<|startoftext|>": 49406, "<|endoftext|>": 49407}))
-    merges = (folder / "merges.txt").read_text().splitlines()
-    merges += [f"filler{number} x</w>" for number in range(48895 - len(merges))]
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("added_tokens_decoder", None)
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 77}))

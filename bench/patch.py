@@ -99,6 +99,7 @@ def run(model: Path, work: Path, repeat: int, optimum: bool) -> dict[str, dict[s
     def timed(name: str, commands: list[list[str]]) -> None:
         progress(name)
         runs = [measure(command) for command in commands]
+        progress("  " + ", ".join(f"{seconds:.2f} s {memory:.2f} GB" for seconds, memory in runs))
         figures[name] = {"seconds": statistics.median(s for s, _ in runs), "peak_gb": max(memory for _, memory in runs)}
 
     if optimum:

@@ -37,3 +37,14 @@ def test_it_is_not_written_if_the_ids_differ(folder: Path) -> None:
     slow.fix_text = lambda text: text.replace("dog", "cat")
     assert not write_fast_tokenizer(folder, slow)
     assert not (folder / "tokenizer.json").exists()
+
+
+def test_merges_that_dont_fit_the_vocabulary_are_left_to_the_pipelines_own(folder: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    with (folder / "merges.txt").open("a") as stream:
+        stream.write("nowhere x</w>\n")
+    slow = CLIPTokenizer.from_pretrained(folder)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    assert not write_fast_tokenizer(folder, slow)
+    assert not (folder / "tokenizer.json").exists()
