@@ -15,6 +15,7 @@ from excise.cli_edit import apply, edit, import_checkpoint, stack, sweep
 from excise.cli_engine import engines
 from excise.cli_export import export, patch
 from excise.cli_refit import refit
+from excise.cli_verify import verify
 from excise.console import json_option, needs, result, say
 from excise.errors import ExciseError
 
@@ -30,6 +31,7 @@ def cli() -> None:
       excise edit SD_FOLDER --preset nudity --out nudity.safetensors
       excise export SD_FOLDER --edit nudity.safetensors --out sd-onnx
       excise patch sd-onnx --edit another.safetensors
+      excise verify "SD_FOLDER?edit=nudity.safetensors" sd-onnx --base SD_FOLDER
       excise inspect sd-onnx
     """
 
@@ -93,7 +95,7 @@ def inspect(path: Path, base: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for _command in (edit, apply, stack, import_checkpoint, sweep, export, patch, refit, bank, fuse, engines):
+for _command in (edit, apply, stack, import_checkpoint, sweep, export, patch, refit, bank, fuse, engines, verify):
     cli.add_command(_command)
 
 

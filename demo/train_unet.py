@@ -95,9 +95,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument(
-        "--start", type=Path, metavar="DIR", help="go on from this UNet's weights"
-    )
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this UNet's weights")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     latents, labels = encode_images(arguments.work)

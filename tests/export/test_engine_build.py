@@ -175,9 +175,7 @@ def test_data_files_are_read_hashed_and_watched(rtx: EngineLibrary, tmp_path: Pa
     assert set(entry.sources) == {"model.onnx", "model.onnx_data"}
     data = model.parent / "model.onnx_data"
     data.write_bytes(data.read_bytes()[::-1])
-    assert check_engine(engine) == [
-        f"{engine} is stale: it was built from another model.onnx_data; build it again"
-    ]
+    assert check_engine(engine) == [f"{engine} is stale: it was built from another model.onnx_data; build it again"]
 
 
 @needs_rtx

@@ -1,0 +1,262 @@
+"""The models that ``excise verify`` compares: how they are named, opened and described."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+from urllib.parse import parse_qsl
+
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+
+from excise.demo import MODEL
+from excise.editfile import Edit, load_edit
+from excise.errors import ModelError, UsageError
+from excise.eval.onnx_precision import read_formats
+from excise.serve.denoising import OnStep
+from excise.serve.noise_schedule import Array
+from excise.serve.onnx_component import PROVIDERS, providers, read_config
+from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime
+from excise.serve.runtime import Progress, Request
+
+#: How coarsely a side computes: ``half`` is 11 significant bits (float16, and TF32 on a GPU), ``bfloat16`` has 8.
+Rounding = Literal["float32", "half", "bfloat16"]
+
+#: Loads a diffusers folder as a pipeline in float32 on the CPU, with an edit or None applied to it.
+LoadPipeline = Callable[[Path, Edit | None], Any]
+
+_OPTIONS = {"torch": {"device": "cpu", "dtype": "float32", "edit": ""}, "onnx": {"provider": "cpu", "edit": ""}}
+_DTYPES: dict[str, Rounding] = {"float32": "float32", "float16": "half", "bfloat16": "bfloat16"}
+_TORCH_COMPONENTS = ("text_encoder", "unet", "vae")
+_ON_GPU = "on a GPU, where TF32 may be used"
+
+
+class Comparable(Protocol):
+    """What is compared: ``OnnxRuntime`` and ``TorchRuntime`` are two."""
+
+    latent_shape: tuple[int, int, int]
+    batch_size: int
+
+    def encode(self, prompts: Sequence[str]) -> Array:
+        """Text embeddings (n, t, d)."""
+
+    def predict(self, sample: Array, timestep: float, encoder_hidden_states: Array) -> Array:
+        """The denoiser's output (b, c, h, w)."""
+
+    def decode_samples(self, latents: Array) -> Array:
+        """Images (n, 3, height, width), about −1 to 1."""
+
+    def denoise(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        progress: Progress | None = None,
+        on_step: OnStep | None = None,
+    ) -> Array:
+        """Final latents (n, c, h, w)."""
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """``torch:DIR?device=cpu&dtype=float32`` or ``onnx:DIR?provider=cpu``, parsed.
+
+    Either takes ``edit=FILE`` too: an edit that is applied in memory, to an unedited folder of torch or in place of the
+    edit of an ONNX folder.
+    """
+
+    kind: Literal["torch", "onnx"]
+    folder: Path
+    options: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        given = "&".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.kind}:{self.folder}" + (f"?{given}" if given else "")
+
+
+class Description(BaseModel):
+    """What a side is: its name, the edit that it says it carries, and the precision that each component computes in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    side: str
+    edit: str | None
+    precision: dict[str, str]
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
+class Side:
+    """An opened side."""
+
+    spec: SideSpec
+    runtime: Comparable
+    description: Description
+    scheduler: dict[str, Any]  #: the parsed ``scheduler_config.json``
+
+    def weights(self, names: Sequence[str]) -> dict[str, npt.NDArray[Any]] | None:
+        """The UNet's weights of these torch names, those there are; None for an ONNX side, which has other names."""
+        if isinstance(self.runtime, OnnxRuntime):
+            return None
+        parameters = dict(self.runtime.pipeline.unet.named_parameters())  # type: ignore[attr-defined]
+        return {name: parameters[name].detach().float().cpu().numpy() for name in names if name in parameters}
+
+
+def parse_side(text: str) -> SideSpec:
+    """``torch:DIR`` or ``onnx:DIR`` with options after ``?``; a bare folder is recognised by what it holds.
+
+    ``demo:model`` is the bundled model's folder.
+
+    Raises:
+        UsageError: An unknown option or value, or a bare folder that isn't one pipeline.
+    """
+    place, _, query = text.partition("?")
+    kind, colon, rest = place.partition(":")
+    if not colon or kind not in _OPTIONS:
+        kind, rest = "", place
+    folder = MODEL if rest == "demo:model" else Path(rest)
+    kind = kind or _recognised(folder)
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for name, value in options.items():
+        if name not in _OPTIONS[kind]:
+            raise UsageError(f"{text}: {kind} has no option {name!r}, only {', '.join(_OPTIONS[kind])}")
+        choices = {"provider": tuple(PROVIDERS), "dtype": tuple(_DTYPES)}.get(name)
+        if choices and value not in choices:
+            raise UsageError(f"{text}: {name}={value!r} isn't one of {', '.join(choices)}")
+    return SideSpec("onnx" if kind == "onnx" else "torch", folder, options)
+
+
+def _recognised(folder: Path) -> str:
+    if not folder.is_dir():
+        raise UsageError(f"{folder} isn't a folder: name torch:DIR (a diffusers pipeline) or onnx:DIR (an export)")
+    onnx = (folder / "unet" / "model.onnx").is_file()
+    torch = any((folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
+    if onnx == torch:
+        what = "both a diffusers and an ONNX pipeline: say torch:DIR or onnx:DIR" if onnx else "no pipeline with a UNet"
+        raise UsageError(f"{folder} holds {what}")
+    return "onnx" if onnx else "torch"
+
+
+def check_side(spec: SideSpec) -> None:
+    """Look for what can be missing before any long work: the folder's files, and the provider.
+
+    Raises:
+        ArtefactError, ModelError: The folder isn't a pipeline.
+        UsageError: This machine hasn't the provider.
+    """
+    if spec.kind == "onnx":
+        providers(spec.options.get("provider", "cpu"))
+        for component in COMPONENTS:
+            read_config(spec.folder, component)
+    elif not (spec.folder / "model_index.json").is_file():
+        raise ModelError(f"{spec.folder} is not a diffusers folder: it has no model_index.json")
+    _scheduler(spec.folder)
+
+
+def open_side(spec: SideSpec, load_pipeline: LoadPipeline) -> Side:
+    """Load a side.
+
+    Raises:
+        ArtefactError, ModelError: The folder isn't a pipeline, is incomplete, or isn't Stable Diffusion 1 or 2.
+        UsageError: A provider or device that this machine hasn't, or a bank of edits.
+        EditError: ``edit=FILE`` can't be read, or is another model's.
+    """
+    options = {**_OPTIONS[spec.kind], **spec.options}
+    edit = load_edit(Path(options["edit"])) if options["edit"] else None
+    if spec.kind == "onnx":
+        return _open_onnx(spec, options["provider"], edit)
+    return _open_torch(spec, load_pipeline(spec.folder, edit), options["device"], options["dtype"], edit)
+
+
+def _open_onnx(spec: SideSpec, provider: Any, edit: Edit | None) -> Side:
+    runtime = OnnxRuntime(spec.folder, name=str(spec), provider=provider, batch_size=4, edit=edit)
+    if runtime.bank is not None:
+        raise UsageError(f"{spec.folder} holds a bank of edits: verify compares folders with one edit")
+    described, coarse = {}, provider != "cpu"
+    for component in COMPONENTS:
+        formats = read_formats(spec.folder / component / "model.onnx")
+        named = {*formats.initializers, *formats.inputs_outputs}
+        half = any("float" in name and name not in ("float32", "float64") for name in named)
+        coarse |= half
+        text = f"initialisers {', '.join(formats.initializers)}; inputs and outputs {', '.join(formats.inputs_outputs)}"
+        if provider != "cpu":
+            text += f"; {_ON_GPU}"
+        elif half:
+            text += "; ONNX Runtime's CPU provider computes float16 in float32"
+        described[component] = text
+    description = Description(
+        side=str(spec), edit=runtime.edit_id, precision=described, rounding="half" if coarse else "float32"
+    )
+    return Side(spec, runtime, description, _scheduler(spec.folder))
+
+
+def _open_torch(spec: SideSpec, pipeline: Any, device: str, dtype: str, edit: Edit | None) -> Side:
+    from excise.eval.torch_runtime import TorchRuntime
+
+    unknown = [name for name in ("text_encoder_2", "transformer") if getattr(pipeline, name, None) is not None]
+    missing = [name for name in (*_TORCH_COMPONENTS, "tokenizer") if getattr(pipeline, name, None) is None]
+    if unknown or missing:
+        what = f"has {unknown[0]}" if unknown else f"has no {missing[0]}"
+        raise ModelError(
+            f"{spec.folder} is a {type(pipeline).__name__}, which {what}: verify compares Stable Diffusion 1 and 2"
+        )
+    import torch
+
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    try:
+        for module in modules:
+            torch.nn.Module.to(module, device, getattr(torch, dtype))  # diffusers' own warns of every cast
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{spec}: device {device!r} can't be used: {reason}") from error
+    place = "" if device == "cpu" else f", {_ON_GPU}"
+    described = {
+        name: f"{str(getattr(pipeline, name).dtype).removeprefix('torch.')}{place}" for name in _TORCH_COMPONENTS
+    }
+    rounding = coarsest(_DTYPES[dtype], "half" if place else "float32")
+    if edit is None and (stored := stored_format(spec.folder / "unet")) != "float32":
+        # the edited weights were rounded to it: an export of the edit was not
+        described["unet"] += f", weights stored in {stored}"
+        rounding = coarsest(rounding, _DTYPES[stored])
+    description = Description(side=str(spec), edit=edit.id if edit else None, precision=described, rounding=rounding)
+    runtime = TorchRuntime(pipeline, name=str(spec), batch_size=4)
+    return Side(spec, runtime, description, _scheduler(spec.folder))
+
+
+def _scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler's configuration, as it lies in the folder.
+
+    Raises:
+        ModelError: It can't be read.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the scheduler's configuration {file} can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"the scheduler's configuration {file} isn't a JSON object")
+    return config
+
+
+def stored_format(folder: Path) -> str:
+    """The coarsest floating-point format of a component's safetensors weights; ``float32`` where there are none."""
+    found: Rounding = "float32"
+    names: dict[Rounding, str] = {"float32": "float32", "half": "float16", "bfloat16": "bfloat16"}
+    for path in folder.glob("diffusion_pytorch_model*.safetensors"):
+        with safe_open(path, framework="np") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                stored = {"F16": "half", "BF16": "bfloat16"}.get(opened.get_slice(name).get_dtype(), "float32")
+                found = coarsest(found, stored)  # type: ignore[arg-type]
+    return names[found]
+
+
+def coarsest(*roundings: Rounding) -> Rounding:
+    """The one with the fewest significant bits."""
+    order: tuple[Rounding, ...] = get_args(Rounding)
+    return max(roundings, key=order.index)
