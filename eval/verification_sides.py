@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,13 @@ from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import PROVIDERS, providers, read_config
 from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime
 from excise.serve.runtime import Progress, Request
+from excise.serve.schedulers import read_scheduler_config
 
 #: How coarsely a side computes: ``half`` is 11 significant bits (float16, and TF32 on a GPU), ``bfloat16`` has 8.
 Rounding = Literal["float32", "half", "bfloat16"]
+
+#: The scheduler's configuration in a pipeline's folder, torch or ONNX.
+SCHEDULER = "scheduler/scheduler_config.json"
 
 #: Loads a diffusers folder as a pipeline in float32 on the CPU, with an edit or None applied to it.
 LoadPipeline = Callable[[Path, Edit | None], Any]
@@ -155,7 +158,7 @@ def check_side(spec: SideSpec) -> None:
             read_config(spec.folder, component)
     elif not (spec.folder / "model_index.json").is_file():
         raise ModelError(f"{spec.folder} is not a diffusers folder: it has no model_index.json")
-    _scheduler(spec.folder)
+    read_scheduler_config(spec.folder / SCHEDULER)
 
 
 def open_side(spec: SideSpec, load_pipeline: LoadPipeline) -> Side:
@@ -192,7 +195,7 @@ def _open_onnx(spec: SideSpec, provider: Any, edit: Edit | None) -> Side:
     description = Description(
         side=str(spec), edit=runtime.edit_id, precision=described, rounding="half" if coarse else "float32"
     )
-    return Side(spec, runtime, description, _scheduler(spec.folder))
+    return Side(spec, runtime, description, read_scheduler_config(spec.folder / SCHEDULER))
 
 
 def _open_torch(spec: SideSpec, pipeline: Any, device: str, dtype: str, edit: Edit | None) -> Side:
@@ -225,23 +228,7 @@ def _open_torch(spec: SideSpec, pipeline: Any, device: str, dtype: str, edit: Ed
         rounding = coarsest(rounding, _DTYPES[stored])
     description = Description(side=str(spec), edit=edit.id if edit else None, precision=described, rounding=rounding)
     runtime = TorchRuntime(pipeline, name=str(spec), batch_size=4)
-    return Side(spec, runtime, description, _scheduler(spec.folder))
-
-
-def _scheduler(folder: Path) -> dict[str, Any]:
-    """The scheduler's configuration, as it lies in the folder.
-
-    Raises:
-        ModelError: It can't be read.
-    """
-    file = folder / "scheduler" / "scheduler_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the scheduler's configuration {file} can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"the scheduler's configuration {file} isn't a JSON object")
-    return config
+    return Side(spec, runtime, description, read_scheduler_config(spec.folder / SCHEDULER))
 
 
 def stored_format(folder: Path) -> str:

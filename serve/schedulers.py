@@ -67,10 +67,15 @@ def scheduler_from_config(config: Config) -> Scheduler:
 
 def read_scheduler(file: Path) -> Scheduler:
     """The scheduler of a ``scheduler_config.json``. Raises ``ModelError`` if it can't be read or isn't supported."""
+    return scheduler_from_config(read_scheduler_config(file))
+
+
+def read_scheduler_config(file: Path) -> dict[str, Any]:
+    """What a ``scheduler_config.json`` says. Raises ``ModelError`` if it can't be read or isn't an object."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"the scheduler's configuration {file} can't be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"the scheduler's configuration {file} isn't a JSON object")
-    return scheduler_from_config(config)
+    return config
