@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from excise.errors import ArtefactError
-from excise.manifest import FileEntry, hash_file
+from excise.manifest import FileEntry, first_problem, hash_file
 
 ENGINE = "model.engine"
 FORMAT = 1
@@ -190,11 +190,3 @@ def check_engine(engine: Path) -> list[str]:
 
 def _differs(path: Path, expected: FileEntry) -> bool:
     return path.stat().st_size != expected.size or hash_file(path) != expected.sha256
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's errors, on one line, with the field's name."""
-    details = error.errors()[0]
-    field = ".".join(str(part) for part in details["loc"])
-    message = " ".join(details["msg"].removeprefix("Value error, ").split())
-    return f"{field}: {message}" if field else message

@@ -236,16 +236,17 @@ def write_manifest(
             parity=dict(parity or {}),
         )
     except ValidationError as error:
-        raise ArtefactError(f"the manifest of {folder} can't be written: {_first(error)}") from error
+        raise ArtefactError(f"the manifest of {folder} can't be written: {first_problem(error)}") from error
     (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """The first of pydantic's errors, on one line, with the field's name."""
     details = error.errors()[0]
     field = ".".join(str(part) for part in details["loc"])
-    return " ".join(f"{field}: {details['msg']}".split())
+    message = " ".join(details["msg"].removeprefix("Value error, ").split())
+    return f"{field}: {message}" if field else message
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -278,7 +279,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise ArtefactError(f"{path} is malformed: {_first(error)}") from error
+        raise ArtefactError(f"{path} is malformed: {first_problem(error)}") from error
 
 
 def verify(folder: Path) -> list[str]:

@@ -2,23 +2,26 @@
 
 An ONNX file is a protocol buffer ``ModelProto``: a sequence of fields, each a tag and a value. The graph is one field
 (7), skipped by its length; each of ``metadata_props`` (14) is a ``StringStringEntryProto`` with a key (1) and a value
-(2). Source: onnx.proto and the encoding of protocol buffers.
+(2). Source: onnx.proto.
 """
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from excise.errors import ArtefactError
+from excise.protobuf import Span, delimited, fields
 
 #: Key of the id of the edit that a file carries.
 EDIT_ID = "excise.edit_id"
 #: Key of the JSON list of the ids that a bank holds, by ``edit_index``; null is the base.
 BANK = "excise.bank"
+#: The input by which each row of a bank's batch chooses its edit.
+EDIT_INDEX = "edit_index"
 
 _METADATA_PROPS = 14
 _GRAPH = 7
@@ -32,12 +35,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         ArtefactError: the file is missing, cut off or not an ONNX model.
     """
     with _opened(path) as stream:
-        found = {}
-        for number, start, end in _fields(stream, path):
-            if number == _METADATA_PROPS:
-                key, value = _entry(stream, start, end, path)
-                found[key] = value
-        return found
+        return dict(_entry(stream, span) for span in _fields(stream) if span.number == _METADATA_PROPS)
 
 
 def read_edit_id(path: Path) -> str | None:
@@ -58,76 +56,41 @@ def write_metadata(source: Path, target: Path, entries: Mapping[str, str]) -> No
         ArtefactError: ``source`` is missing, cut off or not an ONNX model.
     """
     with _opened(source) as stream, target.open("xb") as out:
-        done = 0
-        for number, start, end in _fields(stream, source):
-            if number == _METADATA_PROPS and _entry(stream, start, end, source)[0] in entries:
-                done = end
-                continue
-            _copy(stream, out, done, end)
-            done = end
+        for span in _fields(stream):
+            if span.number != _METADATA_PROPS or _entry(stream, span)[0] not in entries:
+                _copy(stream, out, span.start, span.end)
         for key, value in entries.items():
-            entry = b"".join(_delimited(place, text.encode()) for place, text in ((1, key), (2, value)))
-            out.write(_delimited(_METADATA_PROPS, entry))
+            entry = b"".join(delimited(place, text.encode()) for place, text in ((1, key), (2, value)))
+            out.write(delimited(_METADATA_PROPS, entry))
 
 
-def _opened(path: Path) -> BinaryIO:
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     if not path.is_file():
         raise ArtefactError(f"{path} doesn't exist: name a folder that holds an exported pipeline")
-    return path.open("rb")
+    with path.open("rb") as stream:
+        try:
+            yield stream
+        except EOFError as error:
+            raise ArtefactError(f"{path} isn't an ONNX model, or is cut off: export it again") from error
 
 
-def _fields(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int, int]]:
-    """Number, first and last byte + 1 of every top-level field, its tag included; there must be a graph."""
-    size = os.fstat(stream.fileno()).st_size
-    place, graph = 0, False
-    while place < size:
-        stream.seek(place)
-        tag = _varint(stream, path)
-        number, kind = tag >> 3, tag & 7
-        if kind == 2:
-            length = _varint(stream, path)
-            end = stream.tell() + length
-        elif kind == 0:
-            _varint(stream, path)
-            end = stream.tell()
-        elif kind in (1, 5):
-            end = stream.tell() + (8 if kind == 1 else 4)
-        else:
-            raise _damaged(path)
-        if end > size or not number:
-            raise _damaged(path)
-        graph |= number == _GRAPH
-        yield number, place, end
-        place = end
+def _fields(stream: BinaryIO) -> Iterator[Span]:
+    """Every field of the model; there must be a graph."""
+    graph = False
+    for span in fields(stream, 0, os.fstat(stream.fileno()).st_size):
+        graph |= span.number == _GRAPH
+        yield span
     if not graph:
-        raise _damaged(path)
+        raise EOFError
 
 
-def _damaged(path: Path) -> ArtefactError:
-    return ArtefactError(f"{path} isn't an ONNX model, or is cut off: export it again")
-
-
-def _varint(stream: BinaryIO, path: Path) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = stream.read(1)
-        if not byte:
-            raise _damaged(path)
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    raise _damaged(path)
-
-
-def _entry(stream: BinaryIO, start: int, end: int, path: Path) -> tuple[str, str]:
+def _entry(stream: BinaryIO, span: Span) -> tuple[str, str]:
     """Key and value of a ``StringStringEntryProto`` field."""
-    stream.seek(start)
-    _varint(stream, path), _varint(stream, path)
-    message = io.BytesIO(stream.read(end - stream.tell()))
     texts = {1: "", 2: ""}
-    while message.tell() < len(message.getbuffer()):
-        number = _varint(message, path) >> 3
-        texts[number] = message.read(_varint(message, path)).decode(errors="replace")
+    for part in fields(stream, span.value, span.end):
+        stream.seek(part.value)
+        texts[part.number] = stream.read(part.end - part.value).decode(errors="replace")
     return texts[1], texts[2]
 
 
@@ -137,17 +100,3 @@ def _copy(stream: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
         block = stream.read(min(_CHUNK, end - start))
         out.write(block)
         start += len(block)
-
-
-def _delimited(number: int, value: bytes) -> bytes:
-    """A length-delimited field."""
-    return _encoded(number << 3 | 2) + _encoded(len(value)) + value
-
-
-def _encoded(value: int) -> bytes:
-    """A varint."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])

@@ -130,3 +130,21 @@ def new_file(path: Path) -> Iterator[Path]:
             raise OutputError(f"{path} exists already: choose another name") from error
         finally:
             partial.unlink(missing_ok=True)
+
+
+def hard_linked(source: Path, target: Path) -> bool:
+    """Make ``target`` another name of the file ``source``; False where the file system can't (another disk, no links).
+
+    A symbolic link gets another name itself, not what it points to.
+
+    Raises:
+        FileNotFoundError: ``source`` isn't there.
+        FileExistsError: ``target`` is there already.
+    """
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:
+        return False
+    return True

@@ -8,7 +8,6 @@ bring the concept back.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from excise.edit.families import family_of
 from excise.edit.model_folder import WEIGHTS, denoiser_weights
 from excise.editfile import Array, Edit
 from excise.errors import FingerprintMismatch, ModelError
-from excise.output import check_free, new_folder
+from excise.output import check_free, hard_linked, new_folder
 
 #: Key of the edits' ids, in order, in the metadata of an edited shard.
 EDITS = "excise_edits"
@@ -160,14 +159,8 @@ def _names_shards(index: Path, shards: list[Path]) -> bool:
 def _place(source: Path, target: Path, link: bool) -> None:
     """Link or copy; a cache's symbolic links are followed."""
     source = source.resolve()
-    if link and source.stat().st_size >= _LARGE:
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            # Another disk, or a file system without links.
-            pass
-    shutil.copyfile(source, target)
+    if not (link and source.stat().st_size >= _LARGE and hard_linked(source, target)):
+        shutil.copyfile(source, target)
 
 
 def _check_whole(folder: Path, partial: Path) -> None:

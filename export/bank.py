@@ -32,13 +32,12 @@ from excise.export.changed_copy import write_changed
 from excise.export.onnx_graph import Graph
 from excise.export.text_inputs import TextInput, check_base, short, text_inputs
 from excise.export.text_product import Nodes, check_opset, multiplied, read_instead
-from excise.onnx_metadata import BANK
+from excise.onnx_metadata import BANK, EDIT_INDEX
 from excise.output import check_free
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-EDIT_INDEX: Final = "edit_index"
 EDIT_TRANSFORMS: Final = "edit_transforms"
 
 Changes = dict[TextInput, NDArray[np.float32]]

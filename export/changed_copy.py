@@ -6,14 +6,13 @@ writes into one. ONNX Runtime reads hard links; the onnx package from 1.21 on re
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from excise.errors import ArtefactError, OutputError
-from excise.output import check_free, new_file
+from excise.output import check_free, hard_linked, new_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -73,12 +72,9 @@ def _bring(source: Path, target: Path, link: bool) -> None:
     """A hard link, or a copy where links don't work or aren't wanted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if link:
-            os.link(source, target)
+        if link and hard_linked(source, target):
             return
     except FileExistsError as error:
         raise OutputError(f"{target} exists already: choose another folder") from error
-    except OSError:
-        pass  # Another file system, or one without links.
     with new_file(target) as partial:
         shutil.copyfile(source, partial)

@@ -17,8 +17,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
-from excise.enginefile import Range, Size, TensorEntry, first_problem
+from excise.enginefile import Range, Size, TensorEntry
 from excise.errors import MissingExtra, UsageError
+from excise.manifest import first_problem
 
 Profile = dict[str, Range]
 M = TypeVar("M", bound=BaseModel)

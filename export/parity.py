@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from excise.errors import ArtefactError, MissingExtra
 from excise.export.quiet import quiet
-from excise.parity import Parity, parity
 
 TIMESTEPS = (801, 401, 21)
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -46,35 +45,13 @@ class DenoiserInputs:
         return {self.latents: self.sample, "encoder_hidden_states": self.encoder_hidden_states, **self.others}
 
 
-#: Stable Diffusion's.
-UNetInputs = DenoiserInputs
 #: Inputs with a row for each token or place, whatever the batch.
 ONE_FOR_ALL = ("txt_ids", "img_ids")
-
-
-def make_inputs(
-    unet: Any, encoder_hidden_states: NDArray[Any], *, seed: int = 0, timesteps: Sequence[int] = TIMESTEPS
-) -> DenoiserInputs:
-    """Seeded normal latents of the UNet's own size, one for each text state (n, t, d)."""
-    side = unet.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    sample = random_latents(seed, (len(encoder_hidden_states), unet.config.in_channels, height, width))
-    return DenoiserInputs(sample, tuple(timesteps), encoder_hidden_states.astype(np.float32))
 
 
 def random_latents(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Standard normal latents."""
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-def text_states(pipe: Any, prompts: Sequence[str]) -> NDArray[np.float32]:
-    """The pipeline's own text states of ``prompts``, shape (n, t, d)."""
-    with quiet():
-        states = pipe.encode_prompt(
-            prompt=list(prompts), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[0]
-    result: NDArray[np.float32] = states.detach().float().numpy()
-    return result
 
 
 def torch_outputs(denoiser: Any, inputs: DenoiserInputs) -> NDArray[np.float32]:
@@ -130,30 +107,3 @@ def _run(session: Any, inputs: DenoiserInputs, step: float) -> NDArray[np.float3
         cast = {name: array.astype(_DTYPES[declared[name].type]) for name, array in feed.items()}
         outputs.append(np.asarray(session.run(None, cast)[0], dtype=np.float32)[: count - start])
     return np.concatenate(outputs)
-
-
-def unet_parity(
-    base_unet: Any,
-    edited_unet: Any,
-    onnx_path: Path,
-    encoder_hidden_states: NDArray[Any],
-    *,
-    seed: int = 0,
-    timesteps: Sequence[int] = TIMESTEPS,
-) -> Parity:
-    """Compare an exported edited UNet with the edited torch UNet, relative to what the edit changed.
-
-    Args:
-        base_unet: The unedited torch UNet.
-        edited_unet: The edited one.
-        onnx_path: The exported edited one.
-        encoder_hidden_states: Text states of a realistic norm, shape (n, t, d), e.g. from ``text_states``.
-        seed: Of the latents.
-        timesteps: Run with every text state.
-
-    Raises:
-        ArtefactError: The ONNX file can't be run.
-        NumericsError: The edit changes none of the outputs, or some aren't finite.
-    """
-    inputs = make_inputs(edited_unet, encoder_hidden_states, seed=seed, timesteps=timesteps)
-    return parity(torch_outputs(base_unet, inputs), torch_outputs(edited_unet, inputs), onnx_outputs(onnx_path, inputs))

@@ -24,7 +24,7 @@ from excise.export.conversion import convert
 from excise.export.layout import EDITED, write_aligned
 from excise.manifest import NAME, EditEntry, FileEntry, Manifest, WeightEntry, read_manifest, write_manifest
 from excise.onnx_metadata import EDIT_ID, write_metadata
-from excise.output import new_folder, replaced_folder
+from excise.output import hard_linked, new_folder, replaced_folder
 
 
 def patch(
@@ -161,11 +161,8 @@ def fill(folder: Path, target: Path, *, link: bool, leave: Collection[str] = ())
             place.mkdir()
             continue
         try:
-            if link:
-                os.link(source, place, follow_symlinks=False)
+            if link and hard_linked(source, place):
                 continue
         except FileNotFoundError as error:
             raise OutputError(f"{source} vanished while it was copied: try again") from error
-        except OSError:
-            pass  # Another file system, or one without links.
         shutil.copy2(source, place, follow_symlinks=False)

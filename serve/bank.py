@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from excise.errors import ArtefactError, UsageError
 from excise.onnx_metadata import BANK, read_metadata
-
-EDIT_INDEX: Final = "edit_index"
 
 Bank = tuple[str | None, ...]
 

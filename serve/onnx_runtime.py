@@ -18,8 +18,8 @@ import numpy.typing as npt
 from excise.edited_initializers import edited_values
 from excise.editfile import Edit
 from excise.errors import ArtefactError, ModelError, UsageError
-from excise.onnx_metadata import read_edit_id
-from excise.serve.bank import EDIT_INDEX, edit_indices, read_bank
+from excise.onnx_metadata import EDIT_INDEX, read_edit_id
+from excise.serve.bank import edit_indices, read_bank
 from excise.serve.denoising import OnStep, check_requests, denoise, to_uint8
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import OnnxComponent, Provider, providers, read_config

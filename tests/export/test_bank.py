@@ -24,11 +24,12 @@ from excise.editfile import Edit
 from excise.errors import ArtefactError, EditError, FingerprintMismatch, NumericsError, OutputError, UsageError
 from excise.export.bank import BANK, BankDescription, add_bank
 from excise.export.onnx_graph import Graph
-from excise.export.parity import UNetInputs, text_states, torch_outputs
+from excise.export.parity import DenoiserInputs, torch_outputs
 from excise.export.pipeline import load_pipeline
 from excise.onnx_metadata import read_metadata
 from tests.edit import tiny_models as tiny
 from tests.export.text_edits import UNET, bake, baked_outputs, half, in_one_file, inputs_of, outputs, weights_of
+from tests.export.unet_parity import text_states
 
 CONCEPTS = (("gun", "sunflower"), ("a cat", "dog"), ("in the style of apple", "art"))
 PROMPTS = ("a gun", "a cat", "an apple", "")
@@ -105,7 +106,7 @@ def test_every_edit_is_as_pytorch_computes_it(
     states = text_states(pipe, PROMPTS)
     sample = np.random.default_rng(1).standard_normal((len(PROMPTS), 4, 8, 8), np.float32)
     for number, edit in enumerate(edits):
-        expected = torch_outputs(load_pipeline(tiny_model, edit).unet, UNetInputs(sample, (401,), states))[0]
+        expected = torch_outputs(load_pipeline(tiny_model, edit).unet, DenoiserInputs(sample, (401,), states))[0]
         given = {"sample": sample, "timestep": np.array(401.0, np.float32), "encoder_hidden_states": states}
         assert np.abs(run(given, [number] * len(PROMPTS)) - expected).max() < 1e-5
 
@@ -346,7 +347,7 @@ def test_an_edit_on_top_of_another_goes_on_that(
     add_bank(tmp_path / "edited.onnx", tmp_path / "bank.onnx", [second])
     expected = torch_outputs(
         load_pipeline(tmp_path / "model", second).unet,
-        UNetInputs(inputs["sample"], (401,), inputs["encoder_hidden_states"]),
+        DenoiserInputs(inputs["sample"], (401,), inputs["encoder_hidden_states"]),
     )[0]
     assert np.abs(outputs(tmp_path / "bank.onnx", inputs, [0] * 4) - expected).max() < 1e-5
 

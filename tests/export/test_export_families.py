@@ -21,11 +21,12 @@ from excise.errors import FingerprintMismatch, ModelError, NumericsError, UsageE
 from excise.export.denoisers import Denoiser, check_exportable, make_inputs
 from excise.export.onnx_export import export_pipeline
 from excise.export.options import ExportOptions, StaticShapes
-from excise.export.parity import DenoiserInputs, onnx_outputs, parity, torch_outputs
+from excise.export.parity import DenoiserInputs, onnx_outputs, torch_outputs
 from excise.export.patch import patch
 from excise.export.pipeline import apply_edit, load_pipeline, read_weights
 from excise.manifest import NAME, Manifest, hash_file, read_manifest, verify
 from excise.onnx_metadata import read_edit_id
+from excise.parity import parity
 from excise.serve.onnx_runtime import OnnxRuntime
 from excise.serve.runtime import Request
 from tests.edit import tiny_models

@@ -10,9 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from excise.errors import ArtefactError, NumericsError
-from excise.export.parity import make_inputs, text_states, torch_outputs, unet_parity
+from excise.export.parity import torch_outputs
 from excise.export.pipeline import load_pipeline
 from excise.parity import Parity, parity
+from tests.export.unet_parity import make_inputs, text_states, unet_parity
 
 
 def arrays() -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -188,7 +188,7 @@ def test_in_place_the_folder_keeps_what_else_lies_in_it(first: Path, make_edit: 
 def test_the_patched_model_computes_as_the_edited_torch_model(
     first: Path, tiny_model: Path, make_edit: MakeEdit
 ) -> None:
-    from excise.export.parity import unet_parity
+    from tests.export.unet_parity import unet_parity
 
     base, edited = load_pipeline(tiny_model).unet, load_pipeline(tiny_model, make_edit(1)).unet
     states = np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)

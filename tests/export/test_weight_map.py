@@ -172,14 +172,14 @@ def test_unsharing_keeps_the_names_of_other_exports(
 
 
 def test_unsharing_changes_no_output(twins: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path) -> None:
-    from excise.export.parity import UNetInputs, onnx_outputs
+    from excise.export.parity import DenoiserInputs, onnx_outputs
 
     source, weights = twins
     path = Path(shutil.copy(source, tmp_path / "model.onnx"))
     unshare(path, weights)
     random = np.random.default_rng(0)
     states = random.standard_normal((1, 24, 32), np.float32)
-    inputs = UNetInputs(random.standard_normal((1, 4, 8, 8), np.float32), (401,), states)
+    inputs = DenoiserInputs(random.standard_normal((1, 4, 8, 8), np.float32), (401,), states)
     np.testing.assert_array_equal(onnx_outputs(path, inputs), onnx_outputs(source, inputs))
 
 

@@ -15,9 +15,9 @@ from onnx import numpy_helper
 
 from excise.editfile import Edit
 from excise.export.onnx_graph import Graph
-from excise.export.parity import text_states
 from excise.export.pipeline import load_pipeline
 from excise.onnx_metadata import EDIT_ID
+from tests.export.unet_parity import text_states
 
 UNET = "unet/model.onnx"
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}

@@ -10,8 +10,8 @@ import pytest
 
 import excise.export.bank as written
 from excise.errors import ArtefactError, UsageError
-from excise.onnx_metadata import write_metadata
-from excise.serve.bank import BANK, EDIT_INDEX, edit_indices, read_bank
+from excise.onnx_metadata import BANK, EDIT_INDEX, write_metadata
+from excise.serve.bank import edit_indices, read_bank
 
 FIRST, SECOND = "1a" * 32, "2b" * 32
 
