@@ -1,6 +1,7 @@
-"""What a bank of edits costs per step of the UNet: paired runs with and without it, on ONNX Runtime's CPU provider.
+"""What a bank of edits costs per step of the UNet: paired runs with and without it, on ONNX Runtime.
 
     python bench/bank.py [--size demo|sd14] [--edits N] [--requests N ...] [--repeat N] [--threads N] [--json]
+                         [--provider cpu|cuda] [--dtype fp32|fp16]
 
 *demo*  the bundled model, exported once to a temporary folder.
 *sd14*  a UNet in Stable Diffusion 1.4's shapes with random weights, exported once likewise (3.4 GB).
@@ -33,6 +34,8 @@ from excise.editfile import Edit, fingerprint
 from excise.editmetadata import EditMetadata, Kept, Stream
 from excise.export.bank import add_bank
 from excise.export.onnx_graph import Graph
+from excise.serve.onnx_component import DTYPES
+from excise.serve.provider_options import provider_options
 
 SD14 = {
     "sample_size": 64,
@@ -47,8 +50,8 @@ SD14 = {
 SHAPES = {"demo": (16, 8, 24, 256), "sd14": (4, 64, 77, 768)}
 
 
-def export_unet(size: str, folder: Path) -> Path:
-    """``model.onnx`` of a UNet alone, with external data."""
+def export_unet(size: str, folder: Path, dtype: str, device: str) -> Path:
+    """``model.onnx`` of a UNet alone, with external data, traced on a device."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -60,7 +63,13 @@ def export_unet(size: str, folder: Path) -> Path:
         torch.manual_seed(0)
         unet = UNet2DConditionModel(**SD14)
     channels, side, tokens, width = SHAPES[size]
-    inputs = (torch.zeros(2, channels, side, side), torch.tensor(401.0), torch.zeros(2, tokens, width))
+    place: dict[str, Any] = {"device": device, "dtype": {"fp32": torch.float32, "fp16": torch.float16}[dtype]}
+    unet.to(**place)
+    inputs = (
+        torch.zeros(2, channels, side, side, **place),
+        torch.tensor(401.0, **place),
+        torch.zeros(2, tokens, width, **place),
+    )
     names = ("sample", "timestep", "encoder_hidden_states")
     path = folder / "model.onnx"
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
@@ -110,10 +119,14 @@ def random_edits(path: Path, number: int) -> list[Edit]:
     return [make(seed) for seed in range(number)]
 
 
-def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def session(path: Path, threads: int, provider: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    chosen = provider_options("cuda" if provider == "cuda" else "cpu", None, None)
+    made = onnxruntime.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+    if made.get_providers()[0] != chosen[0][0]:
+        raise SystemExit(f"{chosen[0][0]} can't start on this machine")
+    return made
 
 
 def step(model: onnxruntime.InferenceSession, size: str, requests: int, edits: int) -> Callable[[], float]:
@@ -125,6 +138,7 @@ def step(model: onnxruntime.InferenceSession, size: str, requests: int, edits: i
         "timestep": np.array(401.0, np.float32),
         "encoder_hidden_states": random.standard_normal((rows, tokens, width), np.float32),
     }
+    feed = {node.name: feed[node.name].astype(DTYPES[node.type]) for node in model.get_inputs() if node.name in feed}
     if any(one.name == "edit_index" for one in model.get_inputs()):
         feed["edit_index"] = np.tile(np.arange(requests) % edits, 2)
 
@@ -146,10 +160,19 @@ def paired(steps: Sequence[Callable[[], float]], repeat: int) -> Iterator[list[f
         yield [times[place] for place in range(len(steps))]
 
 
-def measure(folder: Path, size: str, edits: int, requests: Sequence[int], repeat: int, threads: int) -> dict[str, Any]:
+def measure(
+    folder: Path,
+    size: str,
+    edits: int,
+    requests: Sequence[int],
+    repeat: int,
+    threads: int,
+    provider: str,
+    dtype: str,
+) -> dict[str, Any]:
     """The document that is printed."""
     progress(f"exporting {size}")
-    model = export_unet(size, folder)
+    model = export_unet(size, folder, dtype, provider)
     progress(f"making a bank of {edits}")
     start = time.perf_counter()
     add_bank(model, folder / "bank.onnx", random_edits(model, edits), progress=progress)
@@ -159,11 +182,13 @@ def measure(folder: Path, size: str, edits: int, requests: Sequence[int], repeat
         "add_bank_seconds": time.perf_counter() - start,
         "bank_bytes": edits * SHAPES[size][3] ** 2 * 4,
         "threads": threads,
+        "provider": provider,
+        "dtype": dtype,
         "repeat": repeat,
         "onnxruntime": onnxruntime.__version__,
         "steps": [],
     }
-    plain_model, bank_model = (session(path, threads) for path in (model, folder / "bank.onnx"))
+    plain_model, bank_model = (session(path, threads, provider) for path in (model, folder / "bank.onnx"))
     models = (plain_model, bank_model, plain_model)
     for number in requests:
         progress(f"{number} requests: {repeat} pairs")
@@ -202,6 +227,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4], metavar="N", help="in a batch (1 4)")
     parser.add_argument("--repeat", type=int, default=20, metavar="N", help="pairs (20)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of one operator (1)")
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     if min(arguments.edits, arguments.repeat, arguments.threads, *arguments.requests) < 1:
@@ -214,11 +241,16 @@ def main() -> None:
             arguments.requests,
             arguments.repeat,
             arguments.threads,
+            arguments.provider,
+            arguments.dtype,
         )
     if arguments.json:
         print(json.dumps(document, indent=2))
         return
-    print(f"{document['size']}, {document['edits']} edits, {document['threads']} threads")
+    print(
+        f"{document['size']}, {document['edits']} edits, {document['threads']} threads, "
+        f"{document['provider']}, {document['dtype']}"
+    )
     for row in document["steps"]:
         print(
             f"{row['requests']} requests: a step takes {row['plain_ms']:.2f} ms, the bank "

@@ -1,6 +1,6 @@
 """How long an edit takes and how exact it is: excise against the published, layer-by-layer form.
 
-    python bench/closed_form.py [--json] [--repeat N] [--layers N] [--text-encoder]
+    python bench/closed_form.py [--json] [--repeat N] [--layers N] [--text-encoder] [--device cpu|cuda]
 
 The shapes are Stable Diffusion 1.4's: K and V of 16 cross-attention layers, 768 wide, 77 tokens. Weights and
 layer-normed embeddings are random, from a seed. UCE and three epochs of RECE erase one concept and keep one prompt.
@@ -13,11 +13,15 @@ layer-normed embeddings are random, from a seed. UCE and three epochs of RECE er
              does that with a random CLIP ViT-L/14 text tower, and lets excise embed them once. Left out in its favour:
              it copies the modules that it edits.
 *reference*  float64, layer by layer, with solves instead of inverses: what both errors are measured against.
+
+On CUDA everything is on the GPU from the start, and each time ends when the GPU has finished; one run of each form goes
+before, since the first calls load kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -52,15 +56,20 @@ class Problem:
 
 def problem(widths: Sequence[int], seed: int, *, dim: int = D, concepts: int = 1) -> Problem:
     """Random inputs in the shapes of cross-attention layers of these ``widths``; the kept prompt is the target too."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     weights = [
-        torch.randn(width, dim, generator=generator) * dim**-0.5 for width in widths for _projection in ("k", "v")
+        torch.randn(width, dim, generator=generator, device="cpu") * dim**-0.5
+        for width in widths
+        for _projection in ("k", "v")
     ]
     blank, *tokens = (
-        torch.nn.functional.layer_norm(torch.randn(TOKENS, dim, generator=generator), (dim,))
+        torch.nn.functional.layer_norm(torch.randn(TOKENS, dim, generator=generator, device="cpu"), (dim,))
         for _prompt in range(concepts + 1)
     )
-    return Problem(weights, [Concept(each, blank, tokens_length=4, target_length=2) for each in tokens], blank)
+    # Drawn on the CPU, so that every device has the same.
+    blank, *tokens = (each.to(torch.get_default_device()) for each in (blank, *tokens))
+    concepts_of = [Concept(each, blank, tokens_length=4, target_length=2) for each in tokens]
+    return Problem([weight.to(torch.get_default_device()) for weight in weights], concepts_of, blank)
 
 
 def excise(given: Problem, epochs: int = EPOCHS) -> list[Tensor]:
@@ -116,11 +125,7 @@ class Published:
 
     def _value(self, weights: list[Tensor], site: int, targets: Tensor) -> Tensor:
         value = targets @ weights[site].T
-        start = time.perf_counter()
-        for other, weight in enumerate(weights):
-            if other != site:
-                targets @ weight.T
-        self.unused += time.perf_counter() - start
+        self.unused += seconds(lambda: [targets @ w.T for other, w in enumerate(weights) if other != site])
         return value
 
     @staticmethod
@@ -179,8 +184,12 @@ def relative_error(weights: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def seconds(function: Callable[[], object]) -> float:
+    """How long a call takes, on CUDA until the GPU has finished."""
+    finish = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else lambda: None
+    finish()
     start = time.perf_counter()
     function()
+    finish()
     return time.perf_counter() - start
 
 
@@ -198,6 +207,8 @@ def run(layers: int, repeat: int, seed: int, *, with_text_encoder: bool) -> dict
     # A dense T: the values don't matter to the time, only that they are no special case.
     scales = {"uce_scales": UCE_SCALES, "epochs": 0, "ridge": RIDGE}
     step = Transform((Step.of(rece(given.weights, given.concepts, [given.kept], **scales).transform.matrix()),), D)
+    if torch.get_default_device().type == "cuda":
+        excise(given)
     for number in range(repeat):
         progress(f"excise and products: run {number + 1} of {repeat}")
         times["excise_text_encoder"].append(0.0 if encode is None else seconds(encode))
@@ -206,10 +217,10 @@ def run(layers: int, repeat: int, seed: int, *, with_text_encoder: bool) -> dict
         times["application"].append(seconds(lambda: [step.on_weight(weight) for weight in given.weights]))
     error = relative_error(excise(given), exact)
     progress("published: UCE")
-    published = Published(encode)
-    start = time.perf_counter()
-    weights = published(given)
-    total = time.perf_counter() - start
+    if torch.get_default_device().type == "cuda":
+        Published(encode)(given)
+    published, weights = Published(encode), []
+    total = seconds(lambda: weights.extend(published(given)))
     median = {name: statistics.median(values) for name, values in times.items()}
     whole = median["excise"] + median["excise_text_encoder"]
     products = median["gram"] + median["application"]
@@ -217,6 +228,7 @@ def run(layers: int, repeat: int, seed: int, *, with_text_encoder: bool) -> dict
         "layers": layers,
         "matrices": 2 * layers,
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.get_default_device().type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "repeat": repeat,
         "seed": seed,
@@ -241,16 +253,19 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of excise and of the products (3)")
     parser.add_argument("--layers", type=int, default=16, metavar="N", help="cross-attention layers, 1 to 16 (16)")
     parser.add_argument("--text-encoder", action="store_true", help="embed prompts as often as each form does")
+    parser.add_argument("--device", default="cpu", help="where both forms run (cpu)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and embeddings (0)")
     arguments = parser.parse_args()
     if arguments.repeat < 1 or not 1 <= arguments.layers <= len(WIDTHS):
         parser.error(f"--repeat takes 1 or more, --layers 1 to {len(WIDTHS)}")
-    with torch.inference_mode():
+    # Also as a context PyTorch's default device costs a little at every call: not where it is the default anyway.
+    place = contextlib.nullcontext() if arguments.device == "cpu" else torch.device(arguments.device)
+    with torch.inference_mode(), place:
         result = run(arguments.layers, arguments.repeat, arguments.seed, with_text_encoder=arguments.text_encoder)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{result['matrices']} weights, torch {result['torch']}, {result['threads']} threads")
+    print(f"{result['matrices']} weights, torch {result['torch']}, {result['threads']} threads, {result['device']}")
     for group in ("seconds", "relative_error"):
         figures = result[group]
         assert isinstance(figures, dict)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from excise.errors import UsageError
+from excise.eval.evaluation import Measure
 
 #: ``wilson``: Wilson (1927), good coverage on average; ``exact``: Clopper & Pearson (1934), never below its confidence.
 Method = Literal["wilson", "exact"]
@@ -30,6 +31,19 @@ class Proportion:
     def value(self) -> float:
         """The fraction observed."""
         return self.successes / self.n
+
+    def measure(self, better: Literal["lower", "higher", "neither"] = "neither") -> Measure:
+        """The fraction as a figure of a report."""
+        return Measure(
+            value=self.value,
+            low=self.low,
+            high=self.high,
+            n=self.n,
+            unit="fraction",
+            method=self.method,
+            confidence=self.confidence,
+            better=better,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The models that ``excise verify`` compares: how they are named, opened and described."""
+"""The models in folders that are compared and evaluated: how they are named, opened and described."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from excise.serve.denoising import OnStep
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import PROVIDERS, providers, read_config
 from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime
-from excise.serve.runtime import Progress, Request
+from excise.serve.runtime import Progress, Request, Runtime
 from excise.serve.schedulers import read_scheduler_config
 
 #: How coarsely a side computes: ``half`` is 11 significant bits (float16, and TF32 on a GPU), ``bfloat16`` has 8.
@@ -38,7 +38,7 @@ _TORCH_COMPONENTS = ("text_encoder", "unet", "vae")
 _ON_GPU = "on a GPU, where TF32 may be used"
 
 
-class Comparable(Protocol):
+class Comparable(Runtime, Protocol):
     """What is compared: ``OnnxRuntime`` and ``TorchRuntime`` are two."""
 
     latent_shape: tuple[int, int, int]
@@ -161,8 +161,21 @@ def check_side(spec: SideSpec) -> None:
     read_scheduler_config(spec.folder / SCHEDULER)
 
 
-def open_side(spec: SideSpec, load_pipeline: LoadPipeline) -> Side:
+def open_side(
+    spec: SideSpec,
+    load_pipeline: LoadPipeline,
+    *,
+    name: str | None = None,
+    batch_size: int = 4,
+    threads: int | None = None,
+) -> Side:
     """Load a side.
+
+    Args:
+        load_pipeline: for a folder of torch; an ONNX one never calls it.
+        name: what reports call it, instead of ``spec``.
+        batch_size: images that are denoised together.
+        threads: of ONNX Runtime's CPU provider; None leaves them to it. PyTorch's are the process's, not a side's.
 
     Raises:
         ArtefactError, ModelError: The folder isn't a pipeline, is incomplete, or isn't Stable Diffusion 1 or 2.
@@ -171,18 +184,43 @@ def open_side(spec: SideSpec, load_pipeline: LoadPipeline) -> Side:
     """
     options = {**_OPTIONS[spec.kind], **spec.options}
     edit = load_edit(Path(options["edit"])) if options["edit"] else None
+    runtime: Comparable
     if spec.kind == "onnx":
-        return _open_onnx(spec, options["provider"], edit)
-    return _open_torch(spec, load_pipeline(spec.folder, edit), options["device"], options["dtype"], edit)
+        provider: Any = options["provider"]
+        runtime = OnnxRuntime(
+            spec.folder, name=name or str(spec), provider=provider, batch_size=batch_size, threads=threads, edit=edit
+        )
+        if runtime.bank is not None:
+            raise UsageError(f"{spec.folder} holds a bank of edits: name a folder that carries one edit")
+        carried = runtime.edit_id
+    else:
+        from excise.eval.torch_runtime import TorchRuntime
+
+        pipeline = load_pipeline(spec.folder, edit)
+        _move(pipeline, spec, options["device"], options["dtype"])
+        runtime = TorchRuntime(pipeline, name=name or str(spec), batch_size=batch_size)
+        carried = edit.id if edit else None
+    described, rounding = precision(spec)
+    description = Description(side=str(spec), edit=carried, precision=described, rounding=rounding)
+    return Side(spec, runtime, description, read_scheduler_config(spec.folder / SCHEDULER))
 
 
-def _open_onnx(spec: SideSpec, provider: Any, edit: Edit | None) -> Side:
-    runtime = OnnxRuntime(spec.folder, name=str(spec), provider=provider, batch_size=4, edit=edit)
-    if runtime.bank is not None:
-        raise UsageError(f"{spec.folder} holds a bank of edits: verify compares folders with one edit")
+def precision(spec: SideSpec) -> tuple[dict[str, str], Rounding]:
+    """What each component computes in, in words, and the coarsest of it; by the folder's files, without loading them.
+
+    Raises:
+        ArtefactError: an ONNX file can't be read.
+    """
+    options = {**_OPTIONS[spec.kind], **spec.options}
+    if spec.kind == "onnx":
+        return _onnx_precision(spec.folder, options["provider"])
+    return _torch_precision(spec.folder, options["device"], options["dtype"], edited=bool(options["edit"]))
+
+
+def _onnx_precision(folder: Path, provider: str) -> tuple[dict[str, str], Rounding]:
     described, coarse = {}, provider != "cpu"
     for component in COMPONENTS:
-        formats = read_formats(spec.folder / component / "model.onnx")
+        formats = read_formats(folder / component / "model.onnx")
         named = {*formats.initializers, *formats.inputs_outputs}
         half = any("float" in name and name not in ("float32", "float64") for name in named)
         coarse |= half
@@ -192,21 +230,29 @@ def _open_onnx(spec: SideSpec, provider: Any, edit: Edit | None) -> Side:
         elif half:
             text += "; ONNX Runtime's CPU provider computes float16 in float32"
         described[component] = text
-    description = Description(
-        side=str(spec), edit=runtime.edit_id, precision=described, rounding="half" if coarse else "float32"
-    )
-    return Side(spec, runtime, description, read_scheduler_config(spec.folder / SCHEDULER))
+    return described, "half" if coarse else "float32"
 
 
-def _open_torch(spec: SideSpec, pipeline: Any, device: str, dtype: str, edit: Edit | None) -> Side:
-    from excise.eval.torch_runtime import TorchRuntime
+def _torch_precision(folder: Path, device: str, dtype: str, *, edited: bool) -> tuple[dict[str, str], Rounding]:
+    place = "" if device == "cpu" else f", {_ON_GPU}"
+    described = dict.fromkeys(_TORCH_COMPONENTS, f"{dtype}{place}")
+    rounding = coarsest(_DTYPES[dtype], "half" if place else "float32")
+    if not edited and (stored := stored_format(folder / "unet")) != "float32":
+        # the edited weights were rounded to it: an export of the edit was not
+        described["unet"] += f", weights stored in {stored}"
+        rounding = coarsest(rounding, _DTYPES[stored])
+    return described, rounding
 
+
+def _move(pipeline: Any, spec: SideSpec, device: str, dtype: str) -> None:
+    """A pipeline's modules to a device, in a number format."""
     unknown = [name for name in ("text_encoder_2", "transformer") if getattr(pipeline, name, None) is not None]
     missing = [name for name in (*_TORCH_COMPONENTS, "tokenizer") if getattr(pipeline, name, None) is None]
     if unknown or missing:
         what = f"has {unknown[0]}" if unknown else f"has no {missing[0]}"
         raise ModelError(
-            f"{spec.folder} is a {type(pipeline).__name__}, which {what}: verify compares Stable Diffusion 1 and 2"
+            f"{spec.folder} is a {type(pipeline).__name__}, which {what}: verify compares Stable Diffusion 1 and 2, "
+            "and eval runs no others"
         )
     import torch
 
@@ -217,18 +263,6 @@ def _open_torch(spec: SideSpec, pipeline: Any, device: str, dtype: str, edit: Ed
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{spec}: device {device!r} can't be used: {reason}") from error
-    place = "" if device == "cpu" else f", {_ON_GPU}"
-    described = {
-        name: f"{str(getattr(pipeline, name).dtype).removeprefix('torch.')}{place}" for name in _TORCH_COMPONENTS
-    }
-    rounding = coarsest(_DTYPES[dtype], "half" if place else "float32")
-    if edit is None and (stored := stored_format(spec.folder / "unet")) != "float32":
-        # the edited weights were rounded to it: an export of the edit was not
-        described["unet"] += f", weights stored in {stored}"
-        rounding = coarsest(rounding, _DTYPES[stored])
-    description = Description(side=str(spec), edit=edit.id if edit else None, precision=described, rounding=rounding)
-    runtime = TorchRuntime(pipeline, name=str(spec), batch_size=4)
-    return Side(spec, runtime, description, read_scheduler_config(spec.folder / SCHEDULER))
 
 
 def stored_format(folder: Path) -> str:

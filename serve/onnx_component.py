@@ -55,7 +55,7 @@ class OnnxComponent:
     """``folder/name/model.onnx`` with its ``config.json``.
 
     ``inputs`` are the names that it has to declare, no more and no fewer but those of ``optional``, and ``output`` is
-    the one that is read.
+    the one that is read. ``provider_options`` are those of each provider by ONNX Runtime's name for it.
     ``initializers`` take the place of initialisers of the same names in external data, in memory alone.
     Raises ``ArtefactError`` if a file is missing or can't be loaded, or the names are others, and ``UsageError`` if
     the provider can't be used.
@@ -71,6 +71,7 @@ class OnnxComponent:
         output: str,
         provider: Provider,
         threads: int | None,
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
         initializers: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         self.name, self.output = name, output
@@ -86,7 +87,12 @@ class OnnxComponent:
             if given:
                 options.add_external_initializers(list(given), list(given.values()))
             # its own fallback would print to stdout and go on with another provider
-            self._session = onnxruntime.InferenceSession(str(self.file), options, providers=chain, enable_fallback=0)
+            self._session = onnxruntime.InferenceSession(
+                str(self.file),
+                options,
+                providers=[(one, dict((provider_options or {}).get(one, {}))) for one in chain],
+                enable_fallback=0,
+            )
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise ArtefactError(f"{self.file} can't be loaded: {one_line(error)}") from error
         if self._session.get_providers()[0] != chain[0]:

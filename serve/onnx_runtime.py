@@ -18,11 +18,13 @@ import numpy.typing as npt
 from excise.edited_initializers import edited_values
 from excise.editfile import Edit
 from excise.errors import ArtefactError, ModelError, UsageError
+from excise.manifest import NAME, hash_file, verify
 from excise.onnx_metadata import EDIT_INDEX, read_edit_id
 from excise.serve.bank import edit_indices, read_bank
 from excise.serve.denoising import OnStep, check_requests, denoise, to_uint8
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import OnnxComponent, Provider, providers, read_config
+from excise.serve.provider_options import provider_options
 from excise.serve.runtime import Progress, Request, initial_latents
 from excise.serve.schedulers import read_scheduler
 from excise.serve.tokenizer import PromptTokenizer
@@ -38,9 +40,15 @@ class OnnxRuntime:
     ``batch_size`` how many images are denoised at a time: with guidance the UNet's batch is twice that. ``edit``
     takes the place of the edit that the folder carries, in memory alone; ``edit_id`` is the id of the one in effect.
 
-    Raises ``ArtefactError`` for a folder that is incomplete or can't be loaded, or keeps no unedited weights for
-    ``edit`` to start from, ``ModelError`` for a scheduler, tokenizer or model that isn't supported, ``EditError`` for
-    an edit of another model, and ``UsageError`` for a provider that this machine hasn't.
+    ``device`` is the GPU's number, and ``tf32`` lets CUDA round float32 factors to 11 bits, which is faster.
+    ``engine_cache`` is where the TensorRT provider keeps the engines that it builds, one folder for each manifest and
+    edit; the files are compared with the manifest first. Without a cache, and for a folder without a manifest, it
+    builds them at every start.
+
+    Raises ``ArtefactError`` for a folder that is incomplete or can't be loaded, keeps no unedited weights for ``edit``
+    to start from, or isn't as its manifest says where engines are kept by that, ``ModelError`` for a scheduler,
+    tokenizer or model that isn't supported, ``EditError`` for an edit of another model, and ``UsageError`` for a
+    provider that this machine hasn't.
     """
 
     def __init__(
@@ -52,6 +60,9 @@ class OnnxRuntime:
         threads: int | None = None,
         batch_size: int = 32,
         edit: Edit | None = None,
+        device: int = 0,
+        tf32: bool = False,
+        engine_cache: Path | None = None,
     ) -> None:
         folder = Path(folder)
         for option, value in (("batch_size", batch_size), ("threads", threads)):
@@ -72,6 +83,7 @@ class OnnxRuntime:
         carried = (read_edit_id(folder / part / "model.onnx") for part in ("unet", "text_encoder"))
         self.edit_id = edit.id if edit is not None else next(filter(None, carried), None)
         edited = {"unet": edited_values(folder, edit)} if edit is not None else {}
+        manifest = _engine_key(folder) if provider == "tensorrt" and engine_cache is not None else None
 
         def load(component: str, inputs: Sequence[str], output: str, optional: Sequence[str] = ()) -> OnnxComponent:
             return OnnxComponent(
@@ -82,6 +94,17 @@ class OnnxRuntime:
                 output=output,
                 provider=provider,
                 threads=threads,
+                provider_options=dict(
+                    provider_options(
+                        provider,
+                        manifest,
+                        engine_cache,
+                        component=component,
+                        edit_id=edit.id if edit is not None else None,
+                        device=device,
+                        tf32=tf32,
+                    )
+                ),
                 initializers=edited.get(component),
             )
 
@@ -234,6 +257,19 @@ class OnnxRuntime:
             encoder_hidden_states=encoder_hidden_states,
             **chosen,
         )
+
+
+def _engine_key(folder: Path) -> str | None:
+    """What tells this folder's engines from all others': the hash of its manifest, None where there is none.
+
+    Raises ``ArtefactError`` if the files aren't as the manifest says: an engine of other weights would be taken.
+    """
+    manifest = folder / NAME
+    if not manifest.is_file():
+        return None
+    if problems := verify(folder):
+        raise ArtefactError(f"{folder} isn't as its manifest says, and engines are kept by that: {problems[0]}")
+    return hash_file(manifest)
 
 
 def latent_shape(unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:

@@ -91,6 +91,57 @@ def test_provider_that_cannot_start(exported: Path, monkeypatch: pytest.MonkeyPa
         OnnxRuntime(exported, provider="cuda")
 
 
+class Asked(Exception):
+    """Stands for a session, which no machine without a GPU could open."""
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> dict[str, dict[str, str]]:
+    """What the first component's session is asked for, by provider."""
+    import onnxruntime
+
+    seen: list[Any] = []
+
+    def session(file: str, settings: Any, providers: Any, **others: Any) -> None:
+        seen.extend(providers)
+        raise Asked
+
+    monkeypatch.setattr("onnxruntime.get_available_providers", onnxruntime.get_all_providers)
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    with pytest.raises(ArtefactError):
+        OnnxRuntime(folder, **options)
+    return dict(seen)
+
+
+def test_engines_are_kept_by_manifest_and_edit(
+    versions: tuple[Path, Path], edits: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folders = []
+    for folder, edit in ((versions[0], None), (versions[1], None), (versions[0], edits[1])):
+        options = asked(monkeypatch, folder, provider="tensorrt", engine_cache=tmp_path, edit=edit, device=1)
+        assert options["CUDAExecutionProvider"] == {"device_id": "1", "use_tf32": "0"}
+        folders.append(options["TensorrtExecutionProvider"]["trt_engine_cache_path"])
+    assert len(set(folders)) == 3
+
+
+def test_a_folder_without_a_manifest_keeps_no_engines(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = asked(monkeypatch, exported, provider="tensorrt", engine_cache=tmp_path)
+    assert "trt_engine_cache_path" not in options["TensorrtExecutionProvider"]
+
+
+def test_no_engine_of_files_that_were_altered(
+    versions: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    folder = Path(shutil.copytree(versions[0], tmp_path / "altered"))
+    shutil.copy(versions[1] / "unet" / "edit.onnx_data", folder / "unet" / "edit.onnx_data")
+    monkeypatch.setattr("onnxruntime.get_available_providers", onnxruntime.get_all_providers)
+    with pytest.raises(ArtefactError, match=r"engines are kept by that: unet/edit\.onnx_data was altered"):
+        OnnxRuntime(folder, provider="tensorrt", engine_cache=tmp_path / "cache")
+
+
 def test_corrupt_model(copy: Path) -> None:
     model = copy / "unet" / "model.onnx"
     model.write_bytes(model.read_bytes()[:1000])

@@ -107,3 +107,14 @@ def test_what_cannot_be_used_is_refused(arguments: dict[str, object], message: s
     given = {"provider": "tensorrt", "manifest_sha256": ONE, "cache_dir": CACHE, **arguments}
     with pytest.raises(UsageError, match=message):
         provider_options(**given)  # type: ignore[arg-type]
+
+
+def test_float32_is_computed_in_float32_unless_asked() -> None:
+    for tf32 in (False, True):
+        assert dict(provider_options("cuda", None, None, tf32=tf32))[CUDA]["use_tf32"] == str(int(tf32))
+
+
+def test_engines_that_cannot_be_told_apart_are_not_kept() -> None:
+    for manifest, cache in ((None, CACHE), (ONE, None)):
+        chosen = dict(provider_options("tensorrt", manifest, cache))
+        assert not [name for name in chosen[TENSORRT] if "cache" in name]
