@@ -61,7 +61,8 @@ def test_cuda_computes_what_the_cpu_does(plain: Path) -> None:
     assert difference(latents(plain, provider="cuda"), latents(plain)) < TOLERANCE
 
 
-def test_cuda_computes_what_torch_does(tiny_model: Path, plain: Path) -> None:
+def test_cuda_computes_what_torch_does(tiny_model: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # PyTorch's default for convolutions
     pipeline = load_pipeline(tiny_model).to("cuda")
     there = TorchRuntime(pipeline, name="torch").denoise(REQUESTS, **SETTINGS)
     assert difference(latents(plain, provider="cuda"), there) < TOLERANCE
