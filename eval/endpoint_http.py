@@ -95,25 +95,25 @@ class Session:
 
     def _sent(self, method: str, path: str, document: dict[str, Any] | None) -> httpx.Response:
         """The first answer that isn't worth another try."""
-        httpx, endpoint = _httpx(), self._endpoint
+        library, endpoint = _httpx(), self._endpoint
         url = endpoint.url.rstrip("/") + path
         pause = FIRST_PAUSE
         for left in range(endpoint.retries, -1, -1):
             wanted = pause
             failure: UsageError | ArtefactError
             try:
-                response = self._client.request(method, url, json=document)
-            except httpx.TimeoutException:
+                response: httpx.Response = self._client.request(method, url, json=document)
+            except library.TimeoutException:
                 failure = ArtefactError(
                     f"{url} did not answer within {endpoint.timeout:g} s ({_tries(endpoint)}): is it still loading? "
                     "More time is timeout=SECONDS"
                 )
-            except httpx.ConnectError as error:
+            except library.ConnectError as error:
                 failure = UsageError(
                     f"{url} can't be reached ({_one_line(str(error))}; {_tries(endpoint)}): start the server, or "
                     "correct the address"
                 )
-            except httpx.TransportError as error:
+            except library.TransportError as error:
                 failure = ArtefactError(f"{url} broke off ({_one_line(str(error))}; {_tries(endpoint)})")
             else:
                 if response.status_code not in RETRIED:
@@ -178,14 +178,13 @@ def _one_line(text: str, longest: int = 200) -> str:
 
 def _status(response: httpx.Response) -> str:
     """Status and, where the endpoint gives one, its reason."""
-    reason = ""
     try:
         document = response.json()
     except ValueError:
-        pass
-    else:
-        reason = document.get("error", document.get("detail", "")) if isinstance(document, dict) else ""
-        reason = reason.get("message", "") if isinstance(reason, dict) else reason
+        document = None
+    reason: Any = document.get("error", document.get("detail", "")) if isinstance(document, dict) else ""
+    if isinstance(reason, dict):
+        reason = reason.get("message", "")
     status = f"{response.status_code} {response.reason_phrase}".strip()
     return f"{status}: {_one_line(str(reason))}" if reason else status
 

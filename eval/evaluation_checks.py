@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Final, Literal, Protocol
 
 from excise.errors import UsageError
+from excise.eval.evaluation import Measure
+from excise.eval.evaluation_figures import cell_text, one_line
 
 Status = Literal["passed", "failed", "skipped"]
 
@@ -16,8 +18,8 @@ ORDER: Final[tuple[Status, ...]] = ("failed", "skipped", "passed")
 class Check(Protocol):
     """One condition of a verdict.
 
-    ``measured`` and ``bound`` may be a number, a text, anything that prints well, or None where there is none. ``images``
-    are the pictures that explain the check: files relative to the report's folder, as in ``Finding.file``.
+    ``measured`` and ``bound`` may be a number, a text, a ``Measure``, anything that prints well, or None where there is
+    none. ``images`` are the pictures that explain the check: files as in ``Finding.file``, or the ids of cases.
     """
 
     @property
@@ -65,10 +67,14 @@ def headline(checks: Sequence[Check]) -> str:
             return "Not decided: " + (f"all {len(checks)} checks were skipped" if checks else "there are no checks")
 
 
-def printed(value: object) -> str:
-    """A check's ``measured`` or ``bound``: numbers with at most 6 digits, None as a dash."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return " ".join(str(value).split())
+def requirement(check: Check) -> str:
+    """What was measured and what was required, such as ``measured 3.1, bound 2``; what there is of it."""
+    parts = [("measured", check.measured), ("bound", check.bound)]
+    return ", ".join(f"{word} {_printed(value)}" for word, value in parts if value is not None)
+
+
+def _printed(value: object) -> str:
+    """Numbers with at most 6 digits, figures with their interval, all on one line."""
+    if isinstance(value, Measure):
+        return cell_text(value)
+    return f"{value:.6g}" if isinstance(value, float) else one_line(str(value))

@@ -1,13 +1,14 @@
 """What a runtime changed in what a detector saw: flips, their p-value, and the increase with its interval.
 
-Of n cases drawn in both runtimes, b show the concept only in the judged one and c only in the reference. The increase is
-Δ = (b − c) / n. Tango's interval (Statistics in Medicine 17, 1998, eq. 2–5) holds every Δ that its score test accepts,
+Of n cases drawn in both runtimes, b show the concept only in the judged one and c only in the reference. The increase
+is Δ = (b − c) / n. Tango's interval (Statistics in Medicine 17, 1998, eq. 2–5) holds every Δ that its score test accepts,
 
     |b − c − nΔ| ≤ z √(n (2 q + Δ (1 − Δ)))
 
 where q is the maximum-likelihood estimate of P(only in the reference) under that Δ, the positive root of
 2n q² + B q + C = 0 with B = (2n − b + c) Δ − b − c and C = −c Δ (1 − Δ). At Δ = 0 it is McNemar's test, and without
-any flip it still has width: the upper end is z² / (n + z²), what n agreeing pairs can't exclude.
+any flip it still has width: the upper end is z² / (n + z²), what n agreeing pairs can't exclude. Its upper end, which a
+gate judges, is below the true increase in at most 2.5 % of runs of 96 or 142 cases (exact sums, seven pairs of rates).
 """
 
 from __future__ import annotations

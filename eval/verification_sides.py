@@ -32,7 +32,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
 #: Loads a diffusers folder as a pipeline in float32 on the CPU, with an edit or None applied to it.
 LoadPipeline = Callable[[Path, Edit | None], Any]
 
-_OPTIONS = {"torch": {"device": "cpu", "dtype": "float32", "edit": ""}, "onnx": {"provider": "cpu", "edit": ""}}
+#: What can follow the ``?``, by kind, with its default.
+SIDE_OPTIONS = {"torch": {"device": "cpu", "dtype": "float32", "edit": ""}, "onnx": {"provider": "cpu", "edit": ""}}
 _DTYPES: dict[str, Rounding] = {"float32": "float32", "float16": "half", "bfloat16": "bfloat16"}
 _TORCH_COMPONENTS = ("text_encoder", "unet", "vae")
 _ON_GPU = "on a GPU, where TF32 may be used"
@@ -120,14 +121,14 @@ def parse_side(text: str) -> SideSpec:
     """
     place, _, query = text.partition("?")
     kind, colon, rest = place.partition(":")
-    if not colon or kind not in _OPTIONS:
+    if not colon or kind not in SIDE_OPTIONS:
         kind, rest = "", place
     folder = MODEL if rest == "demo:model" else Path(rest)
     kind = kind or _recognised(folder)
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name, value in options.items():
-        if name not in _OPTIONS[kind]:
-            raise UsageError(f"{text}: {kind} has no option {name!r}, only {', '.join(_OPTIONS[kind])}")
+        if name not in SIDE_OPTIONS[kind]:
+            raise UsageError(f"{text}: {kind} has no option {name!r}, only {', '.join(SIDE_OPTIONS[kind])}")
         choices = {"provider": tuple(PROVIDERS), "dtype": tuple(_DTYPES)}.get(name)
         if choices and value not in choices:
             raise UsageError(f"{text}: {name}={value!r} isn't one of {', '.join(choices)}")
@@ -182,7 +183,7 @@ def open_side(
         UsageError: A provider or device that this machine hasn't, or a bank of edits.
         EditError: ``edit=FILE`` can't be read, or is another model's.
     """
-    options = {**_OPTIONS[spec.kind], **spec.options}
+    options = {**SIDE_OPTIONS[spec.kind], **spec.options}
     edit = load_edit(Path(options["edit"])) if options["edit"] else None
     runtime: Comparable
     if spec.kind == "onnx":
@@ -211,7 +212,7 @@ def precision(spec: SideSpec) -> tuple[dict[str, str], Rounding]:
     Raises:
         ArtefactError: an ONNX file can't be read.
     """
-    options = {**_OPTIONS[spec.kind], **spec.options}
+    options = {**SIDE_OPTIONS[spec.kind], **spec.options}
     if spec.kind == "onnx":
         return _onnx_precision(spec.folder, options["provider"])
     return _torch_precision(spec.folder, options["device"], options["dtype"], edited=bool(options["edit"]))

@@ -66,6 +66,9 @@ class EngineLibrary:
         told = [message for message in heard.errors if _NO_DRIVER not in message] or heard.errors
         reason = told[-1] if told else "it gave no reason"
         kind = UsageError if "API Usage Error" in reason else ArtefactError
+        if _PTX_TOO_NEW in reason:
+            reason += f"; the driver is older than the CUDA that {self.name} was built with: update it, or "
+            reason += "install the package for an earlier CUDA, as tensorrt-rtx-cu12 is"
         return kind(f"{what}: {self.name} {self.version} says: {_PLACE.sub('', reason)}")
 
 

@@ -1,14 +1,16 @@
-"""CLIP score and Fréchet distance against closed forms and another algorithm."""
+"""CLIP score and Fréchet distance against closed forms and clean-fid's algorithm."""
 
 from __future__ import annotations
+
+import warnings
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.linalg import svdvals
+from cleanfid.fid import fid_from_feats
 
 from excise.errors import UsageError
-from excise.eval.metrics import clip_score, fid, fid_name
+from excise.eval.metrics import clip_score, clip_scores, fid, fid_name
 
 
 def unit_rows(n: int, d: int, seed: int) -> npt.NDArray[np.float32]:
@@ -16,31 +18,33 @@ def unit_rows(n: int, d: int, seed: int) -> npt.NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def factored_fid(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
-    """Without a matrix square root: tr (Σ₁Σ₂)^½ is the sum of the singular values of A Bᵀ, rows centred and scaled."""
-    a64, b64 = a.astype(np.float64), b.astype(np.float64)
-    left = (a64 - a64.mean(0)) / np.sqrt(len(a) - 1)
-    right = (b64 - b64.mean(0)) / np.sqrt(len(b) - 1)
-    gap = a64.mean(0) - b64.mean(0)
-    return float(gap @ gap + (left**2).sum() + (right**2).sum() - 2 * svdvals(left @ right.T).sum())
+def cleanfid_distance(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+    """By the square root of the covariances' product."""
+    with warnings.catch_warnings():
+        # clean-fid 0.1.35 calls scipy.linalg.sqrtm(disp=False), which SciPy 1.17 deprecates.
+        warnings.filterwarnings("ignore", "The `disp` argument is deprecated", DeprecationWarning)
+        return float(fid_from_feats(a.astype(np.float64), b.astype(np.float64)))
 
 
 def test_clip_score_clips_each_pair_at_zero() -> None:
     images = np.array([[1, 0], [0.6, 0.8], [-1, 0]], np.float32)
     texts = np.array([[1, 0], [1, 0], [1, 0]], np.float32)
+    np.testing.assert_allclose(clip_scores(images, texts), [100, 60, 0], rtol=1e-6)
     assert clip_score(images, texts) == pytest.approx(100 * (1 + 0.6 + 0) / 3, rel=1e-6)
 
 
 def test_clip_score_needs_pairs() -> None:
     with pytest.raises(UsageError, match="pairs"):
         clip_score(unit_rows(2, 3, 0), unit_rows(3, 3, 0))
+    with pytest.raises(UsageError, match="at least one"):
+        clip_score(unit_rows(2, 3, 0)[:0], unit_rows(2, 3, 0)[:0])
 
 
-# With fewer images than features the square root of a singular product is only good to about 1e-7.
+# With fewer images than features clean-fid's square root of a singular product is only good to about 1e-7.
 @pytest.mark.parametrize(("n", "tolerance"), [(200, 1e-10), (8, 1e-6)])
-def test_fid_equals_the_factored_form(n: int, tolerance: float) -> None:
+def test_fid_is_clean_fids(n: int, tolerance: float) -> None:
     a, b = unit_rows(n, 16, 1), unit_rows(n, 16, 2)
-    assert fid(a, b) == pytest.approx(factored_fid(a, b), abs=tolerance)
+    assert fid(a, b) == pytest.approx(cleanfid_distance(a, b), abs=tolerance)
     assert fid(a, b) == pytest.approx(fid(b, a), abs=tolerance)
 
 

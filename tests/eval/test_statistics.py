@@ -66,3 +66,17 @@ def test_mcnemar_is_the_binomial_sum(first: int, second: int) -> None:
 def test_mcnemar_needs_pairs() -> None:
     with pytest.raises(UsageError, match="pairs"):
         mcnemar(np.array([True]), np.array([True, False]))
+
+
+def test_a_proportion_is_a_figure_of_a_report() -> None:
+    measure = wilson(15, 148).measure("lower")
+    assert (measure.value, measure.n, measure.unit, measure.method) == (15 / 148, 148, "fraction", "wilson")
+    assert (measure.low, measure.high) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert measure.better == "lower"
+
+
+def test_mcnemar_matches_the_published_p() -> None:
+    # Cavo et al., 2012, as in Fagerland, Lydersen & Laake, Statistics in Medicine 33 (2014), table VII: 59, 6, 16, 80.
+    first = np.array([True] * 59 + [True] * 6 + [False] * 16 + [False] * 80)
+    second = np.array([True] * 59 + [False] * 6 + [True] * 16 + [False] * 80)
+    assert mcnemar(first, second).p_value == pytest.approx(0.052479, abs=5e-7)

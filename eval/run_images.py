@@ -1,0 +1,107 @@
+"""All that is known of one runtime's images before figures are made of it: pictures, what was seen in them, features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from excise.eval.cases import Case
+from excise.eval.classifier import Classifier
+from excise.eval.clip_encoder import ClipEncoder
+from excise.eval.feature_extractor import FeatureExtractor
+from excise.eval.image_detector import ImageDetector
+from excise.eval.observation_cache import Pictures, features, observations
+from excise.eval.protocol_file import ProtocolFile
+from excise.eval.protocol_models import ProtocolModels
+from excise.eval.protocol_schema import Detector
+from excise.eval.rule_outcomes import Outcome, outcomes
+
+#: Labels in an observation of a zero-shot CLIP.
+TOP = 5
+
+
+@dataclass
+class RunImages:
+    """One runtime's images of a protocol, in the order of the cases; networks look at them when they are asked for.
+
+    Args:
+        name: the runtime's.
+        folder: where what networks saw is kept.
+    """
+
+    name: str
+    cases: Sequence[Case]
+    pictures: Pictures
+    folder: Path
+    progress: bool = True
+    digests: tuple[str, ...] = ()
+    _features: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.digests = self.digests or self.pictures.digests()
+
+    def features(self, extractor: FeatureExtractor) -> npt.NDArray[np.float32]:
+        """The extractor's features of all images, with shape (n, d)."""
+        key = extractor.fingerprint.model_dump_json()
+        if key not in self._features:
+            self._features[key] = features(
+                self.folder, extractor, self.pictures, self.digests, about=self.name, progress=self.progress
+            )
+        return self._features[key]
+
+    def observed(self, detector: ImageDetector) -> list[dict[str, Any]]:
+        """What the detector saw in every image."""
+        return observations(
+            self.folder, detector, self.pictures, self.digests, about=self.name, progress=self.progress
+        )
+
+    def recognised(self, encoder: ClipEncoder, labels: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+        """What a zero-shot CLIP takes every image for (Radford et al., 2021, §3.1.4).
+
+        A label's embedding is the mean of its prompts' unit embeddings, normalised again.
+        """
+        means = np.stack([encoder.text_features(texts).mean(0) for texts in labels.values()])
+        rows = means / np.linalg.norm(means, axis=1, keepdims=True)
+        logits = np.float32(encoder.logit_scale) * self.features(encoder) @ rows.T
+        return Classifier(
+            encoder.name, tuple(labels), encoder.fingerprint, lambda images: logits.astype(np.float32), top=TOP
+        ).observe(np.zeros((0, 1, 1, 3), np.uint8))
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a protocol's detectors saw, and what its rules count."""
+
+    seen: dict[str, list[dict[str, Any]]]  #: by the detector's name
+    outcomes: list[Outcome]
+
+
+def look(images: RunImages, protocol: ProtocolFile, models: ProtocolModels, labelled: Sequence[Case]) -> Looked:
+    """Let every detector of a protocol look at a runtime's images.
+
+    Args:
+        labelled: all cases of the protocol, also in a run with fewer: what a CLIP chooses from decides what it sees.
+
+    Raises:
+        ModelError, UsageError: of the detectors and rules.
+        OutputError: the folder can't be written.
+    """
+    seen = {detector.name: _seen(images, protocol, detector, models, labelled) for detector in protocol.detectors}
+    return Looked(seen, outcomes(protocol.rules, protocol.detectors, seen, images.cases))
+
+
+def _seen(
+    images: RunImages,
+    protocol: ProtocolFile,
+    detector: Detector,
+    models: ProtocolModels,
+    labelled: Sequence[Case],
+) -> list[dict[str, Any]]:
+    if detector.name == "clip":
+        return images.recognised(models.clip(detector.model), protocol.label_prompts(labelled, detector))
+    return images.observed(models.detector(detector))
