@@ -180,7 +180,8 @@ def main() -> None:
         return
     print(
         f"{result['images']} images from {result['read_from']}, {result['detector']}, onnxruntime "
-        f"{result['onnxruntime']}, {result['cores']} cores ({result['machine']}), load before {result['load_before']}, same boxes and scores"
+        f"{result['onnxruntime']}, {result['cores']} cores ({result['machine']}), load before {result['load_before']}, "
+        "same boxes and scores"
     )
     for kind, one in (("all", result["all"]), *result["by_kind"].items()):
         taken = "".join(f"{name} {value:6.2f} s   " for name, value in one["seconds"].items())

@@ -13,7 +13,9 @@ from excise import __version__
 from excise.cli_bank import bank, fuse
 from excise.cli_edit import apply, edit, import_checkpoint, stack, sweep
 from excise.cli_engine import engines
+from excise.cli_eval import evaluate
 from excise.cli_export import export, patch
+from excise.cli_gate import gate
 from excise.cli_refit import refit
 from excise.cli_verify import verify
 from excise.console import json_option, needs, result, say
@@ -32,6 +34,8 @@ def cli() -> None:
       excise export SD_FOLDER --edit nudity.safetensors --out sd-onnx
       excise patch sd-onnx --edit another.safetensors
       excise verify "SD_FOLDER?edit=nudity.safetensors" sd-onnx --base SD_FOLDER
+      excise eval i2p-nudity --prompts i2p.csv --runtime served=onnx:sd-onnx --out evaluation
+      excise gate evaluation --policy release.yaml
       excise inspect sd-onnx
     """
 
@@ -95,7 +99,22 @@ def inspect(path: Path, base: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for _command in (edit, apply, stack, import_checkpoint, sweep, export, patch, refit, bank, fuse, engines, verify):
+for _command in (
+    edit,
+    apply,
+    stack,
+    import_checkpoint,
+    sweep,
+    export,
+    patch,
+    refit,
+    bank,
+    fuse,
+    engines,
+    verify,
+    evaluate,
+    gate,
+):
     cli.add_command(_command)
 
 

@@ -25,6 +25,10 @@ EXTRAS = {
     "jinja2": "eval",
     "matplotlib": "eval",
     "yaml": "edit",
+    "httpx": "eval",
+    "lpips": "eval",
+    "nudenet": "eval",
+    "ray": "ray",
 }
 
 

@@ -19,9 +19,10 @@ from excise.eval.evaluation_report import write_anew
 from excise.eval.image_file import ImageFormat
 from excise.eval.image_generation import Generated, GenerationSettings, generate
 from excise.eval.observation_cache import Pictures
+from excise.eval.protocol_comparisons import Roles
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_models import ProtocolModels
-from excise.eval.protocol_record import Roles, record
+from excise.eval.protocol_record import record
 from excise.eval.protocol_sample import limit, sample
 from excise.eval.ray_generation import generate_on_ray
 from excise.eval.run_folder import ProtocolEntry, RunConfiguration, RuntimeEntry, open_run, run_versions
@@ -130,9 +131,7 @@ def evaluate(choices: Sequence[Choice], run: Run) -> Evaluation:
             for choice in choices
         },
         runtimes={
-            spec.name: RuntimeEntry(
-                source=str(spec), edit=served[spec.name].edit, manifest=served[spec.name].manifest
-            )
+            spec.name: RuntimeEntry(source=str(spec), edit=served[spec.name].edit, manifest=served[spec.name].manifest)
             for spec in run.specs
         },
         batch_size=run.batch_size,

@@ -7,6 +7,7 @@ carries a fingerprint, which statistics keep.
 A network's output for an image depends in its last bits on the shape of the batch that the image is in, because
 libraries choose their kernels by shape. Extractors here only ever run batches of one shape (``full_batches``), so where
 a set of images was cut, or where a run was resumed, doesn't show in the features.
+Measured on a CPU: equal to the last bit in whatever company; two batch sizes differ by up to 2e-7.
 """
 
 from __future__ import annotations

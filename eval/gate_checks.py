@@ -241,4 +241,5 @@ def _too_few(found: Measure, least: int) -> str | None:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """A sentence's first letter, unless it begins with a figure's name or a folder."""
+    return text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text

@@ -1,7 +1,7 @@
 """What a runtime changed in what a detector saw: flips, their p-value, and the increase with its interval.
 
 Of n cases drawn in both runtimes, b show the concept only in the judged one and c only in the reference. The increase
-is Δ = (b − c) / n. Tango's interval (Statistics in Medicine 17, 1998, eq. 2–5) holds every Δ that its score test accepts,
+is Δ = (b − c) / n. Tango's interval (Statistics in Medicine 17, 1998) holds every Δ that its score test accepts,
 
     |b − c − nΔ| ≤ z √(n (2 q + Δ (1 − Δ)))
 

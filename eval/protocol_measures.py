@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from excise.eval import bootstrap, counts, paired_outcomes
+from excise.eval.boxes import boxes_of
 from excise.eval.cases import Case
 from excise.eval.counting import FACES, parts
-from excise.eval.boxes import boxes_of
 from excise.eval.distribution_distance import frechet_of_features, kernel_distance
 from excise.eval.evaluation import Measure
 from excise.eval.feature_extractor import distance_name

@@ -7,19 +7,22 @@ stands in for what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from excise.demo import CLIP
 from excise.errors import UsageError
 from excise.eval.clip_encoder import ClipEncoder
-from excise.eval.clip_scorer import ClipScorer
-from excise.eval.feature_extractor import FeatureExtractor
+from excise.eval.feature_extractor import FeatureExtractor, Fingerprint
 from excise.eval.feature_probe import feature_probe
 from excise.eval.image_detector import ImageDetector
+from excise.eval.perceptual import Lpips
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_schema import Detector, Metric
+
+Network = TypeVar("Network")
 
 DEMO_CLIP = "demo:clip"
 #: Models with a place of their own in the protocols' names, and what to give for them.
@@ -46,7 +49,7 @@ class ProtocolModels:
 
     places: Mapping[str, Path]
     device: str = "cpu"
-    _clips: dict[str, ClipEncoder] = field(default_factory=dict)
+    _opened: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, place in self.places.items():
@@ -74,18 +77,20 @@ class ProtocolModels:
         Raises:
             ModelError: its folder holds no CLIP.
         """
-        if name not in self._clips:
-            folder = CLIP if name == DEMO_CLIP else self.places[name]
-            self._clips[name] = ClipEncoder(folder, name=name, device=self.device)
-        return self._clips[name]
+        return self._once(
+            name,
+            lambda: ClipEncoder(CLIP if name == DEMO_CLIP else self.places[name], name=name, device=self.device),
+        )
 
     def detector(self, chosen: Detector) -> ImageDetector:
         """NudeNet or a classifier. A zero-shot CLIP is no network of its own: see ``rule_outcomes``.
 
         Raises:
             ModelError: its file can't be used.
-            UsageError: the installed detector has another version than the protocol's.
         """
+        return self._once(f"detector {chosen.model}", lambda: self._detector(chosen))
+
+    def _detector(self, chosen: Detector) -> ImageDetector:
         place = self.places.get(chosen.model)
         if chosen.name == "nudenet":
             from excise.eval.nudity_detector import NudityDetector
@@ -102,10 +107,6 @@ class ProtocolModels:
 
         return torchvision_classifier(place, chosen.model, entry=chosen.version, device=self.device)
 
-    def scorer(self, metric: Metric) -> ClipScorer:
-        """Of a CLIP score; prompts that are too long are cut, and counted in the report."""
-        return ClipScorer(self.clip(_model(metric) or DEMO_CLIP), truncate=True)
-
     def extractor(self, metric: Metric) -> FeatureExtractor:
         """Of FID and KID: Inception's pool features, or a CLIP's, which gives the distance another name.
 
@@ -117,7 +118,27 @@ class ProtocolModels:
             return self.clip(name)
         from excise.eval.inception import InceptionExtractor
 
-        return InceptionExtractor(self.places[_INCEPTION], device=self.device)
+        return self._once(name, lambda: InceptionExtractor(self.places[_INCEPTION], device=self.device))
+
+    def lpips(self, size: int | None) -> Lpips:
+        """LPIPS at a size in pixels; None is the images' own.
+
+        Raises:
+            ModelError: its file can't be used.
+        """
+        return self._once(f"lpips {size}", lambda: Lpips(self.places[_ALEXNET], size=size, device=self.device))
+
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Of every network that was opened, by its name: what the figures depend on."""
+        found = sorted({one.fingerprint.model_dump_json() for one in self._opened.values()})
+        parsed = [Fingerprint.model_validate_json(one).model_dump() for one in found]
+        return {one["name"]: one for one in parsed}
+
+    def _once(self, name: str, open_: Callable[[], Network]) -> Network:
+        if name not in self._opened:
+            self._opened[name] = open_()
+        opened: Network = self._opened[name]
+        return opened
 
 
 def _model(metric: Metric) -> str | None:

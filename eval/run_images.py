@@ -1,4 +1,4 @@
-"""All that is known of one runtime's images before figures are made of it: pictures, what was seen in them, features."""
+"""What is known of one runtime's images before figures are made of it: pictures, what was seen in them, features."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ class RunImages:
 
     def observed(self, detector: ImageDetector) -> list[dict[str, Any]]:
         """What the detector saw in every image."""
-        return observations(
-            self.folder, detector, self.pictures, self.digests, about=self.name, progress=self.progress
-        )
+        return observations(self.folder, detector, self.pictures, self.digests, about=self.name, progress=self.progress)
 
     def recognised(self, encoder: ClipEncoder, labels: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
         """What a zero-shot CLIP takes every image for (Radford et al., 2021, §3.1.4).
@@ -70,7 +68,7 @@ class RunImages:
         logits = np.float32(encoder.logit_scale) * self.features(encoder) @ rows.T
         return Classifier(
             encoder.name, tuple(labels), encoder.fingerprint, lambda images: logits.astype(np.float32), top=TOP
-        ).observe(np.zeros((0, 1, 1, 3), np.uint8))
+        ).observe(self.pictures)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,9 @@ def look(images: RunImages, protocol: ProtocolFile, models: ProtocolModels, labe
         ModelError, UsageError: of the detectors and rules.
         OutputError: the folder can't be written.
     """
-    seen = {detector.name: _seen(images, protocol, detector, models, labelled) for detector in protocol.detectors}
+    seen: dict[str, list[dict[str, Any]]] = {
+        detector.name: _seen(images, protocol, detector, models, labelled) for detector in protocol.detectors
+    }
     return Looked(seen, outcomes(protocol.rules, protocol.detectors, seen, images.cases))
 
 

@@ -69,7 +69,7 @@ def test_a_wrong_one_is_status_1_and_names_images(
     assert main(["gate", str(folder), "--policy", policy, "--junit", str(junit)]) == 1
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0].startswith("FAILED   i2p-nudity, onnx: parts: Nude_parts.RECE is 282 [267, 300] over 142 images")
+    assert lines[0].startswith("FAILED   i2p-nudity, onnx: parts: nude_parts.RECE is 282 [267, 300] over 142 images")
     assert lines[1].strip().startswith("images/onnx/b.png: ")
     assert lines[-1] == "failed: policy release, 2 failed"
     assert f"wrote {junit}" in captured.err
@@ -94,7 +94,7 @@ def test_the_bundled_policy_is_the_default(tmp_path: Path, capsys: pytest.Captur
     document = json.loads(capsys.readouterr().out)
     assert document["policy"] == "default"
     # The hand-made report has no figures but the parts: the strict policy says which are missing.
-    assert any("nothing to judge" in check["sentence"] for check in document["checks"])
+    assert any("Nothing to judge: " in check["sentence"] for check in document["checks"])
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]) -> None:

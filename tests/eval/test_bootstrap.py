@@ -74,7 +74,9 @@ def test_equal_figures_have_no_spread() -> None:
     assert "without spread" in found.method
 
 
-@pytest.mark.parametrize(("values", "error"), [([], "no images"), ([1.0, float("nan")], "1 of 2 figures aren't finite")])
+@pytest.mark.parametrize(
+    ("values", "error"), [([], "no images"), ([1.0, float("nan")], "1 of 2 figures aren't finite")]
+)
 def test_what_is_no_figure_says_why(values: list[float], error: str) -> None:
     found = mean(values)
     assert (found.value, found.low, found.high, found.error) == (None, None, None, error)

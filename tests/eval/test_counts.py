@@ -14,7 +14,7 @@ from excise.eval.statistics import clopper_pearson
 
 @pytest.mark.parametrize(
     ("total", "low", "high"),
-    # Garwood, Biometrika 28 (1936), table 1, as tabulated since.
+    # Garwood's limits, Biometrika 28 (1936), as tables have them since.
     [(0, 0, 3.689), (1, 0.0253, 5.572), (10, 4.795, 18.390), (50, 37.11, 65.92)],
 )
 def test_garwood_matches_the_table(total: int, low: float, high: float) -> None:
@@ -66,7 +66,7 @@ def test_clustered_parts_widen_the_interval() -> None:
 
 
 def test_counts_cover_the_truth() -> None:
-    """One image in six has parts, one to four of them: the count is overdispersed, and Poisson's interval too narrow."""
+    """One image in six has parts, one to four of them: the count scatters more than Poisson's interval allows."""
     rng = np.random.default_rng(3)
     n, runs = 150, 300
     truth = n / 6 * 2.5

@@ -116,7 +116,8 @@ def test_comparisons_are_judged_by_their_own_interval() -> None:
 def test_a_comparison_may_be_bounded_by_the_references_own() -> None:
     report = evaluation()
     record = report.protocols[0]
-    lpips = {name: Measure(value=v, low=v - 0.01, high=v + 0.01, n=20) for name, v in (("onnx", 0.05), ("edited torch", 0.04))}
+    figures = (("onnx", 0.05), ("edited torch", 0.04))
+    lpips = {name: Measure(value=value, low=0.0, high=value + 0.005, n=20) for name, value in figures}
     compared = tuple(Comparison(first="unedited", second=n, measures={"lpips.kept": m}) for n, m in lpips.items())
     report = report.model_copy(update={"protocols": (record.model_copy(update={"comparisons": compared}),)})
     rule = {"kind": "measure", "of": "comparison", "against": "base", "measure": "lpips.kept"}
@@ -235,7 +236,12 @@ def test_counts_of_parts_come_before_detections() -> None:
 
 def test_images_that_explain_a_drop_are_the_groups_own() -> None:
     drop = Measure(value=1.9, low=0.5, high=3.3, n=2)
-    rule = {"kind": "measure", "of": "comparison", "measure": "clip_score_drop.kept", "bound": {"upper": {"value": 1.0}}}
+    rule = {
+        "kind": "measure",
+        "of": "comparison",
+        "measure": "clip_score_drop.kept",
+        "bound": {"upper": {"value": 1.0}},
+    }
     check = only(decide(evaluation(compared={"clip_score_drop.kept": drop}), policy(rule)))
     # k fell by 0.8, which the bound allows to one image as to all.
     assert [image.case for image in check.explained_by] == ["l"]
@@ -267,7 +273,9 @@ def test_many_images_are_counted_and_a_few_named() -> None:
 
 
 def test_the_document_says_it_all_and_the_same_each_time() -> None:
-    report = evaluation(served={"nude_parts.RECE": count(200, 180, 220)}, reference={"nude_parts.RECE": count(66, 51, 84)})
+    report = evaluation(
+        served={"nude_parts.RECE": count(200, 180, 220)}, reference={"nude_parts.RECE": count(66, 51, 84)}
+    )
     document = decide(report, policy(PARTS, {"kind": "provenance"})).document()
     assert document == decide(report, policy(PARTS, {"kind": "provenance"})).document()
     assert (document["format"], document["passed"], document["policy"]) == (1, False, "mine")

@@ -74,7 +74,10 @@ def test_words_survive(name: str) -> None:
 
 def test_what_xml_can_not_hold_is_replaced() -> None:
     case = parsed(check("bell \x07, escape \x1b, nul \x00, lone \ud800, last \uffff", "passed", runtime=None))
-    assert case.find("testsuite/testcase").get("name") == "bell \ufffd, escape \ufffd, nul \ufffd, lone \ufffd, last \ufffd"  # type: ignore[union-attr]
+    assert (
+        case.find("testsuite/testcase").get("name")
+        == "bell \ufffd, escape \ufffd, nul \ufffd, lone \ufffd, last \ufffd"
+    )  # type: ignore[union-attr]
 
 
 def test_the_same_result_gives_the_same_bytes() -> None:

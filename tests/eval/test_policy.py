@@ -33,10 +33,27 @@ def test_every_example_can_be_said(tmp_path: Path) -> None:
             RULE
             + """\
   - {kind: measure, name: fid, protocol: coco-30k, of: comparison, measure: fid.kept, bound: {upper: {value: 0.5}}}
-  - {kind: measure, name: clip, protocol: coco-30k, of: comparison, measure: clip_score_drop.kept, bound: {upper: {value: 0.3}}}
-  - {kind: measure, name: images, protocol: "*", of: comparison, measure: relative_to_edit, bound: {upper: {value: 0.05}}}
-  - {kind: measure, name: kept, protocol: "*", runtime: onnx, measure: recognised.top1, judge: point, min_n: 96, bound: {lower: {times: 1, plus: -2}}}
-  - {kind: measure, name: noise, protocol: "*", of: comparison, measure: clip_score_drop, bound: {upper: {times: 3, measure: clip_score_floor}}}
+  - kind: measure
+    name: clip
+    protocol: coco-30k
+    of: comparison
+    measure: clip_score_drop.kept
+    bound: {upper: {value: 0.3}}
+  - {kind: measure, name: far, protocol: "*", of: comparison, measure: relative_to_edit, bound: {upper: {value: 0.05}}}
+  - kind: measure
+    name: kept
+    protocol: "*"
+    runtime: onnx
+    measure: recognised.top1
+    judge: point
+    min_n: 96
+    bound: {lower: {times: 1, plus: -2}}
+  - kind: measure
+    name: noise
+    protocol: "*"
+    of: comparison
+    measure: clip_score_drop
+    bound: {upper: {times: 3, measure: clip_score_floor}}
   - {kind: p_value, name: flips, protocol: "*", measure: detected_flips_p_value.top1, at_least: 0.01}
   - {kind: p_value, name: shift, protocol: "*", measure: clip_score_p_value.kept, at_least: 0.001, against: base}
   - {kind: provenance, name: whole, protocol: "*", provenance: intact, if_missing: skip}
@@ -57,7 +74,7 @@ def test_every_example_can_be_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rules", "problem"),
     [
-        (RULE.replace("measure: nude", "mesure: nude"), r"policy.yaml:\d+: rules.0.mesure: unknown field: did you mean measure"),
+        (RULE.replace("measure: nude", "mesure: nude"), r"yaml:\d+: rules.0.mesure: unknown field: did you mean measure"),
         (RULE.replace("times: 2", "value: 2, times: 2"), "give value, or times and plus"),
         (RULE.replace("times: 2", "value: 2, than: base"), "than and measure are for times and plus"),
         (RULE.replace("upper: {times: 2}", "upper: {value: 1}, lower: {value: 0}"), "either upper or lower"),
@@ -108,7 +125,7 @@ def test_an_unknown_metric_is_refused_with_the_names_that_exist() -> None:
         refuse_unknown(named("nude_prats.RECE"))
     with pytest.raises(UsageError, match=r"there are clip_score, .*psnr.*, and these with _flips"):
         refuse_unknown(named("zzz"))
-    with pytest.raises(UsageError, match="'clip_scores'"):
+    with pytest.raises(UsageError, match="'clip_scores_floor': did you mean clip_score_floor"):
         refuse_unknown(named("clip_score", "clip_scores_floor"))
 
 

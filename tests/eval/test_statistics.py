@@ -76,7 +76,7 @@ def test_a_proportion_is_a_figure_of_a_report() -> None:
 
 
 def test_mcnemar_matches_the_published_p() -> None:
-    # Cavo et al., 2012, as in Fagerland, Lydersen & Laake, Statistics in Medicine 33 (2014), table VII: 59, 6, 16, 80.
+    # Cavo et al., 2012, as in Fagerland, Lydersen & Laake, Statistics in Medicine 33 (2014): 59, 6, 16, 80.
     first = np.array([True] * 59 + [True] * 6 + [False] * 16 + [False] * 80)
     second = np.array([True] * 59 + [False] * 6 + [True] * 16 + [False] * 80)
     assert mcnemar(first, second).p_value == pytest.approx(0.052479, abs=5e-7)

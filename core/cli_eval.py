@@ -1,0 +1,193 @@
+"""The command ``excise eval``: a published evaluation on what will be served."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from excise.console import json_option, needs, result, say
+from excise.errors import UsageError
+
+if TYPE_CHECKING:
+    from excise.eval.protocol_file import ProtocolFile
+
+#: Names that say a runtime's role by themselves.
+BASE, REFERENCE = ("base",), ("reference", "edited")
+
+_pairs: dict[str, Any] = {"multiple": True, "metavar": "NAME=VALUE"}
+
+
+@click.command("eval")
+@click.argument("protocols", nargs=-1, metavar="PROTOCOL...")
+@click.option("--runtime", "runtimes", multiple=True, metavar="NAME=KIND:PLACE", help="Whose images; repeat it.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder; one that was begun is gone on with.")
+@click.option("--base", metavar="NAME", help="The unedited model's runtime.  [default: the one named base]")
+@click.option(
+    "--reference", metavar="NAME", help="The edited model's own.  [default: the one named reference or edited]"
+)
+@click.option("--floor", multiple=True, metavar="NAME", help="The reference run in another way: what rounding does.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="The protocol's prompt file, or its folder.")
+@click.option("--set", "parameters", help="A protocol's parameter, such as erased=Van Gogh.", **_pairs)
+@click.option("--model", "models", help="Where a detector or metric has its weights.", **_pairs)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N cases only.")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="N cases, drawn in proportion from every label.")
+@click.option("--sample-seed", type=click.IntRange(0), default=0, show_default=True, help="Of --sample.")
+@click.option("--steps", type=click.IntRange(1), metavar="N", help="Denoising steps in place of the protocol's.")
+@click.option("--scheduler", type=click.Choice(["protocol", "own"]), default="protocol", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images in a batch.")
+@click.option("--format", "image_format", type=click.Choice(["png", "webp"]), default="png", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Of PyTorch's detectors and metrics.")
+@click.option("--ray", is_flag=True, help="Spread generation over a Ray cluster, one actor a device.")
+@click.option("--policy", metavar="FILE", help="Also decide, as excise gate does: exit 1 if it fails.")
+@click.option("--list", "listed", is_flag=True, help="List the protocols and stop.")
+@click.option(
+    "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Set two reports side by side."
+)
+@json_option
+def evaluate(
+    protocols: tuple[str, ...],
+    runtimes: tuple[str, ...],
+    out: Path | None,
+    base: str | None,
+    reference: str | None,
+    floor: tuple[str, ...],
+    prompts: Path | None,
+    parameters: tuple[str, ...],
+    models: tuple[str, ...],
+    limit: int | None,
+    sample: int | None,
+    sample_seed: int,
+    steps: int | None,
+    scheduler: str,
+    batch_size: int,
+    image_format: Any,
+    device: str,
+    ray: bool,
+    policy: str | None,
+    listed: bool,
+    compare: tuple[Path, Path] | None,
+    as_json: bool,
+) -> None:
+    """Run published evaluations on what will be served: images, what is in them, figures with intervals, a report.
+
+    Each --runtime is NAME=KIND:PLACE with options after a "?": torch:DIR (edit=FILE, dtype=, device=), onnx:DIR
+    (provider=cpu|cuda|tensorrt, edit=FILE), triton:URL/MODEL, openai:URL. The same prompts and seeds go to all of them.
+
+    A run that was ended goes on where it was, with the same command; its report is the same to the last byte. Prompt
+    sets and weights are read from paths that you give: nothing is downloaded, nothing leaves this machine but requests
+    to a server that you name.
+
+    \b
+    Examples:
+      excise eval --list
+      excise eval demo-weapons --runtime base=torch:demo:model --runtime "edited=torch:demo:model?edit=e.safetensors"
+          --runtime served=onnx:demo-onnx --out run --policy demo
+      excise eval i2p-nudity --prompts i2p.csv --sample 500 --runtime served=triton:http://localhost:8000/excise
+          --model clip-vit-base-patch32=clip-b32 --scheduler own --out run
+      excise eval --compare run run-2
+    """
+    with needs("eval"):
+        from excise.eval.evaluate import Choice, Run
+        from excise.eval.evaluate import evaluate as evaluated
+        from excise.eval.evaluation_comparison import compare_reports, comparison_text
+        from excise.eval.evaluation_report import write_evaluation
+        from excise.eval.evaluation_table import table
+        from excise.eval.gate import decide
+        from excise.eval.policy import load_policy
+        from excise.eval.protocol_comparisons import Roles
+        from excise.eval.protocol_file import bundled, load_protocol
+        from excise.eval.protocol_models import ProtocolModels
+        from excise.eval.runtime_spec import parse_runtimes
+        from excise.export.pipeline import load_pipeline
+    if listed:
+        known = bundled()
+        result({"protocols": [_described(one) for one in known]}, _listing(known), as_json)
+        return
+    if compare is not None:
+        compared = compare_reports(*compare)
+        names = (str(compare[0]), str(compare[1]))
+        result(compared.model_dump(mode="json"), comparison_text(compared, names), as_json)
+        return
+    if not protocols or out is None or not runtimes:
+        raise UsageError("name a protocol (excise eval --list), --runtime NAME=KIND:PLACE and --out FOLDER")
+    specs = parse_runtimes(runtimes)
+    names = [spec.name for spec in specs]
+    rule = load_policy(policy) if policy is not None else None
+    run = Run(
+        folder=out,
+        specs=specs,
+        roles=Roles(base=base or _named(names, BASE), reference=reference or _named(names, REFERENCE), floor=floor),
+        models=ProtocolModels({name: Path(place) for name, place in _parsed("--model", models).items()}, device),
+        load_pipeline=load_pipeline,
+        batch_size=batch_size,
+        image_format=image_format,
+        ray=ray,
+        say=say,
+    )
+    choices = [
+        Choice(
+            load_protocol(name),
+            prompts=prompts,
+            parameters=_parsed("--set", parameters),
+            limit=limit,
+            sample=sample,
+            sample_seed=sample_seed,
+            num_inference_steps=steps,
+            own_scheduler=scheduler == "own",
+        )
+        for name in protocols
+    ]
+    with warnings.catch_warnings(), needs():
+        warnings.showwarning = lambda message, *rest, **options: say(str(message))
+        evaluation = evaluated(choices, run)
+    decided = decide(evaluation, rule) if rule is not None else None
+    files = write_evaluation(out, evaluation, None if decided is None else decided.checks, replace=True)
+    text = f"{table(evaluation, None if decided is None else decided.checks)}\n\n{files['report.html']}"
+    document = evaluation.model_dump(mode="json")
+    result(document if decided is None else {**document, "gate": decided.document()}, text, as_json)
+    if decided is not None and not decided.passed:
+        sys.exit(1)
+
+
+def _named(names: list[str], roles: tuple[str, ...]) -> str | None:
+    return next((name for name in roles if name in names), None)
+
+
+def _parsed(option: str, texts: tuple[str, ...]) -> dict[str, str]:
+    """``NAME=VALUE`` pairs."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{option} {text!r}: give NAME=VALUE")
+        if name in found:
+            raise UsageError(f"{option} {name} is given twice")
+        found[name] = value
+    return found
+
+
+def _described(protocol: ProtocolFile) -> dict[str, Any]:
+    return {
+        "name": protocol.name,
+        "version": protocol.version,
+        "title": protocol.title,
+        "prompts": protocol.prompts.model_dump(mode="json"),
+        "parameters": list(protocol.parameters),
+        "measures": list(protocol.measures()),
+    }
+
+
+def _listing(protocols: list[ProtocolFile]) -> str:
+    width = max(len(protocol.name) for protocol in protocols)
+    lines = []
+    for protocol in protocols:
+        lines.append(f"{protocol.name:<{width}}  {protocol.title}")
+        needed = [f"--set {name}=..." for name in protocol.parameters]
+        file = getattr(protocol.prompts, "file", None)
+        needed += [f"--prompts {file}"] if file else []
+        lines.append(f"{'':<{width}}  {', '.join(protocol.measures())}{'; ' + ' '.join(needed) if needed else ''}")
+    return "\n".join(lines)
