@@ -24,6 +24,8 @@ LIBRARIES: dict[str, LibraryName] = {name.replace("_", "-"): name for name in ge
 _KEPT = ("WARNING", "ERROR", "INTERNAL_ERROR")
 #: Logged by every builder on a machine without a driver, where a build goes well all the same.
 _NO_DRIVER = "catchCudaError"
+#: CUDA's error for code that was compiled for a newer driver.
+_PTX_TOO_NEW = "CUDA error 222"
 _PLACE = re.compile(r"\s*In \S+ at \S+:\d+|\s*\(\s*\)")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
 

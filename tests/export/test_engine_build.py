@@ -411,6 +411,19 @@ def test_what_rtx_does_not_do_is_refused(
         build_engine(simple(tmp_path / "m"), tmp_path / "e", SIMPLE.model_copy(update=change), rtx)
 
 
+@needs_rtx
+@pytest.mark.parametrize("options", [{}, {"refit": True}])
+def test_a_gpu_that_rtx_does_not_run_on_is_told_before_the_build(
+    options: dict[str, Any], rtx: EngineLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on an H100: an engine is built without a word, and no runtime there opens it."""
+    monkeypatch.setattr(engine_build, "gpu_capability", lambda: "SM90")
+    with pytest.raises(UsageError, match=r"GPU is SM90, which tensorrt_rtx doesn't run on: .*SM89"):
+        engine_build._check_targets(EngineOptions(**options), rtx, engine_build.gpu_capability())
+    engine_build._check_targets(EngineOptions(), rtx, "SM130")
+    engine_build._check_targets(EngineOptions(compute_capabilities=("SM89",)), rtx, "SM90")
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx_data"])
 def test_a_missing_file_is_told(name: str, tensorrt: EngineLibrary, tmp_path: Path) -> None:
     model = simple(tmp_path)

@@ -41,9 +41,14 @@ TOLERANCES = {"fp32": 0.01, "fp16": 0.05}
 @pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
 def library(request: pytest.FixtureRequest) -> EngineLibrary:
     try:
-        return load_library(request.param)
+        loaded = load_library(request.param)
     except MissingExtra as missing:
         pytest.skip(str(missing))
+    known = {name for name in dir(getattr(loaded.module, "ComputeCapability", None)) if name.startswith("SM")}
+    gpu = gpu_capability()
+    if known and gpu and gpu not in known and int(gpu[2:]) < max(int(name[2:]) for name in known):
+        pytest.skip(f"{request.param} doesn't run on this GPU, {gpu}: not run on a GPU")
+    return loaded
 
 
 @pytest.fixture(scope="module")
