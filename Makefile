@@ -43,8 +43,9 @@ types: setup ## mypy --strict on all rooms
 bench: setup ## the edit against the published per-layer form
 	$(BIN)/python bench/closed_form.py
 
-docs: setup ## rewrite docs/cli.md from --help
+docs: setup ## rewrite docs/cli.md from --help, and docs/report-schema.md from the report's model
 	$(BIN)/python docs/write_cli.py
+	$(BIN)/python docs/write_schema.py
 
 demo-data: setup ## fetch and rasterise the demo's artwork (needs Node's npm)
 	$(BIN)/python -m pip install --quiet -c constraints.txt resvg-py

@@ -7,7 +7,8 @@ no assumption on how figures are distributed. A swap is a sign s_i = ±1.
 **A figure per image** (CLIP score, LPIPS, …), with d_i = judged − reference: the statistic is |Σ s_i d_i| (Fisher's
 randomisation test of paired differences).
 
-**Features**, with rows x_i and y_i: the squared maximum mean discrepancy (Gretton et al., JMLR 13, 2012; the biased estimate),
+**Features**, with rows x_i and y_i: the biased estimate of the squared maximum mean discrepancy (Gretton et al., JMLR
+13, 2012),
 
     MMD² = n⁻² Σ_ij h_ij,   h_ij = k(x_i, x_j) + k(y_i, y_j) − k(x_i, y_j) − k(y_i, x_j)
 

@@ -64,14 +64,14 @@ def test_logits_are_transformers_own(demo_clip: Path, images: npt.NDArray[np.uin
 def test_a_label_is_the_mean_of_its_prompts(detector: ClipDetector, images: npt.NDArray[np.uint8]) -> None:
     mean = detector.text_features(LABELS["owl"]).mean(0)
     cosines = detector.image_features(images) @ (mean / np.linalg.norm(mean))
-    scale = np.exp(detector._model.logit_scale.item())
+    scale = np.exp(detector.encoder._model.logit_scale.item())
     np.testing.assert_allclose(detector.logits(images)[:, 2], scale * cosines, atol=1e-3)
 
 
 def test_preprocessing_maps_to_minus_one_and_one(detector: ClipDetector) -> None:
     black_and_white = np.zeros((2, 64, 64, 3), np.uint8)
     black_and_white[1] = 255
-    pixels = detector.preprocess(black_and_white)
+    pixels = detector.encoder.preprocess(black_and_white)
     assert (pixels.dtype, pixels.shape) == (np.float32, (2, 3, 64, 64))
     assert (pixels[0] == -1).all()
     assert (pixels[1] == 1).all()
@@ -80,7 +80,7 @@ def test_preprocessing_maps_to_minus_one_and_one(detector: ClipDetector) -> None
 def test_other_sizes_are_resized(detector: ClipDetector) -> None:
     image = np.random.default_rng(1).integers(0, 256, (1, 96, 128, 3), np.uint8)
     expected = np.asarray(Image.fromarray(image[0]).resize((64, 64), Image.Resampling.BICUBIC)) / 127.5 - 1
-    np.testing.assert_allclose(detector.preprocess(image)[0].transpose(1, 2, 0), expected, atol=1e-6)
+    np.testing.assert_allclose(detector.encoder.preprocess(image)[0].transpose(1, 2, 0), expected, atol=1e-6)
 
 
 def test_a_preprocessor_config_is_followed(tmp_path: Path, demo_clip: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_preprocessor_config_is_followed(tmp_path: Path, demo_clip: Path) -> N
     )
     image = np.random.default_rng(2).integers(0, 256, (1, 128, 192, 3), np.uint8)
     resized = np.asarray(Image.fromarray(image[0]).resize((96, 64), Image.Resampling.BICUBIC))[:, 16:80]
-    pixels = ClipDetector(folder, LABELS).preprocess(image)
+    pixels = ClipDetector(folder, LABELS).encoder.preprocess(image)
     assert (pixels.dtype, pixels.shape) == (np.float32, (1, 3, 64, 64))
     np.testing.assert_allclose(pixels[0].transpose(1, 2, 0), (resized / 255 - mean) / std, atol=1e-5)
 

@@ -74,7 +74,7 @@ def test_every_example_can_be_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rules", "problem"),
     [
-        (RULE.replace("measure: nude", "mesure: nude"), r"yaml:\d+: rules.0.mesure: unknown field: did you mean measure"),
+        (RULE.replace("measure: nude", "mesure: nude"), r"yaml:\d+: rules.0.mesure: unknown field: did you mean meas"),
         (RULE.replace("times: 2", "value: 2, times: 2"), "give value, or times and plus"),
         (RULE.replace("times: 2", "value: 2, than: base"), "than and measure are for times and plus"),
         (RULE.replace("upper: {times: 2}", "upper: {value: 1}, lower: {value: 0}"), "either upper or lower"),
