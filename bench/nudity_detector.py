@@ -140,7 +140,7 @@ def run(count: int, repeat: int, threads: int | None, arrays: bool) -> dict[str,
         "images": 2 * (count // 2),
         "read_from": "arrays" if arrays else "PNG files",
         "repeat": repeat,
-        "threads": threads or "one a core",
+        "threads": threads or "one more than cores",
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "load_before": load,
@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=500, metavar="N", help="half of them with a face (500)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (3)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of excise; by default one a core")
+    parser.add_argument("--threads", type=int, metavar="N", help="of excise; by default one more than cores")
     parser.add_argument("--arrays", action="store_true", help="images in memory: reading files doesn't count")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()

@@ -109,8 +109,8 @@ def evaluate(
         return
     if compare is not None:
         compared = compare_reports(*compare)
-        names = (str(compare[0]), str(compare[1]))
-        result(compared.model_dump(mode="json"), comparison_text(compared, names), as_json)
+        sides = (str(compare[0]), str(compare[1]))
+        result(compared.model_dump(mode="json"), comparison_text(compared, sides), as_json)
         return
     if not protocols or out is None or not runtimes:
         raise UsageError("name a protocol (excise eval --list), --runtime NAME=KIND:PLACE and --out FOLDER")

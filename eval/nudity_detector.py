@@ -48,7 +48,7 @@ class NudityDetector:
         model: its ONNX file; None takes ``320n.onnx`` from the installed ``nudenet`` package.
         resolution: pixels a side that the network reads; None takes what the file was exported for.
         batch_size: images in each call of the network. 1 is what the package runs and what is fastest on a CPU.
-        threads: images looked at at the same time; None takes a thread a core on the CPU, one on a GPU.
+        threads: images looked at at the same time; None takes one more than there are cores, and one on a GPU.
         provider: ``cpu``, ``cuda`` or ``tensorrt``, of ONNX Runtime.
         channels: see above.
 
@@ -82,7 +82,8 @@ class NudityDetector:
             source, side=resolution, batch_size=batch_size, provider=provider
         )
         self._batch_size, self._channels = batch_size, channels
-        self._threads = threads or (_cores() if provider == "cpu" else 1)
+        # One more than cores: while one thread holds Python's lock, the others compute.
+        self._threads = threads or (_cores() + 1 if provider == "cpu" else 1)
         self.name = "NudeNet"  #: as in reports
         order = "as nudenet reads a file (BGR)" if channels == "library" else "RGB"
         self.fingerprint = Fingerprint(

@@ -1,6 +1,7 @@
 """What networks see in an evaluation's images, kept in blocks, so that a run that was ended looks at no image twice.
 
-A block belongs to the images' content and the network's fingerprint: one that was made of others is made again.
+A block belongs to the images' content and the network's fingerprint: one that was made of others is made again, and so
+is one that isn't as it was written, which the SHA-256 in its first line tells.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
-from excise.errors import OutputError
+from excise.errors import ModelError, OutputError
 from excise.eval.feature_extractor import FeatureExtractor, Fingerprint
 from excise.eval.image_detector import ImageDetector
 from excise.eval.image_file import read_image, write_image
@@ -54,6 +54,7 @@ def observations(
 
     Raises:
         OutputError: the folder can't be written.
+        ModelError: the network doesn't give one answer an image.
     """
 
     def decode(content: bytes, count: int) -> list[dict[str, Any]] | None:
@@ -80,6 +81,7 @@ def features(
 
     Raises:
         OutputError: the folder can't be written.
+        ModelError: the network doesn't give one answer an image.
     """
 
     def decode(content: bytes, count: int) -> npt.NDArray[np.float32] | None:
@@ -121,8 +123,12 @@ def _blocks(
             file = place / f"{start // BLOCK:05d}-{key[:24]}"
             seen = _kept(file, decode, count)
             if seen is None:
-                seen = look(pictures[chosen])
-                write_image(file, encode(seen))
+                content = encode(look(pictures[chosen]))
+                write_image(file, _digest(content) + content)
+                # What is read back later is what this run goes on with.
+                seen = decode(content, count)
+                if seen is None:
+                    raise ModelError(f"{bar or folder}: the network gave something else than one answer an image")
             shown.update(count)
             yield seen
 
@@ -135,8 +141,14 @@ def _made(place: Path) -> None:
 
 
 def _kept(file: Path, decode: Callable[[bytes, int], Seen | None], count: int) -> Seen | None:
-    """A block that was written before; what can't be read is no block."""
+    """A block that was written before; what can't be read, or is damaged, is no block."""
     try:
-        return decode(file.read_bytes(), count)
-    except (OSError, ValueError, KeyError, SafetensorError):
+        written = file.read_bytes()
+    except OSError:
         return None
+    content = written[len(_digest(b"")) :]
+    return decode(content, count) if written == _digest(content) + content else None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b"\n"

@@ -19,10 +19,7 @@ from excise.eval.observation_cache import Pictures, features, observations
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.protocol_schema import Detector
-from excise.eval.rule_outcomes import Outcome, outcomes
-
-#: Labels in an observation of a zero-shot CLIP.
-TOP = 5
+from excise.eval.rule_outcomes import TOP, Outcome, outcomes
 
 
 @dataclass
@@ -86,13 +83,13 @@ def look(images: RunImages, protocol: ProtocolFile, models: ProtocolModels, labe
         labelled: all cases of the protocol, also in a run with fewer: what a CLIP chooses from decides what it sees.
 
     Raises:
-        ModelError, UsageError: of the detectors and rules.
+        ModelError: of the detectors.
         OutputError: the folder can't be written.
     """
     seen: dict[str, list[dict[str, Any]]] = {
         detector.name: _seen(images, protocol, detector, models, labelled) for detector in protocol.detectors
     }
-    return Looked(seen, outcomes(protocol.rules, protocol.detectors, seen, images.cases))
+    return Looked(seen, outcomes(protocol.rules, protocol.detectors, seen, images.cases, labelled))
 
 
 def _seen(
