@@ -106,6 +106,7 @@ class ProtocolRecord(_Strict):
     settings: dict[str, Any]  #: steps, scheduler, detector, rules, thresholds: all that the figures depend on
     base: str | None = None  #: the runtime of the unedited model
     reference: str | None = None  #: the edited model's own runtime, which others are judged by
+    floor: tuple[str, ...] = ()  #: runs of the reference's model in another way, which show what rounding does
     runtimes: tuple[RuntimeRecord, ...]
     comparisons: tuple[Comparison, ...] = ()
     cases: tuple[CaseRecord, ...] = ()

@@ -54,6 +54,7 @@ def _checks(rule: Rule, evaluation: Evaluation) -> Iterator[GateCheck]:
 def _judged(rule: Rule, protocol: ProtocolRecord) -> list[str]:
     """The runtimes of a protocol that a rule names."""
     if rule.runtime == EVERY:
-        return [one.name for one in protocol.runtimes if one.name not in (protocol.base, protocol.reference)]
+        known = {protocol.base, protocol.reference, *protocol.floor}
+        return [one.name for one in protocol.runtimes if one.name not in known]
     name = role(protocol, rule.runtime)
     return [name] if name is not None and protocol.runtime(name) is not None else []

@@ -62,7 +62,7 @@ def observations(
         return found if isinstance(found, list) and len(found) == count else None
 
     blocks = _blocks(
-        folder,
+        folder / "observations",
         detector.fingerprint,
         pictures,
         digests,
@@ -89,7 +89,7 @@ def features(
         return found if found.shape == (count, extractor.dimension) and found.dtype == np.float32 else None
 
     blocks = _blocks(
-        folder,
+        folder / "features",
         extractor.fingerprint,
         pictures,
         digests,
@@ -124,11 +124,11 @@ def _blocks(
             seen = _kept(file, decode, count)
             if seen is None:
                 content = encode(look(pictures[chosen]))
-                write_image(file, _digest(content) + content)
-                # What is read back later is what this run goes on with.
+                # What a later run reads back is what this one goes on with.
                 seen = decode(content, count)
                 if seen is None:
-                    raise ModelError(f"{bar or folder}: the network gave something else than one answer an image")
+                    raise ModelError(f"{fingerprint.name} gave something else than one answer an image")
+                write_image(file, _digest(content) + content)
             shown.update(count)
             yield seen
 

@@ -7,7 +7,8 @@ stands in for what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,10 @@ KNOWN: Mapping[str, str] = {
     "alexnet": "torchvision's AlexNet for LPIPS, alexnet-owt-7be5be79.pth",
 }
 _ALEXNET, _INCEPTION, _Q16_CLIP = "alexnet", "inception", "clip-vit-large-patch14"
+#: What needs no place.
+_FREE = frozenset({DEMO_CLIP, "320n"})
+#: The variant of LPIPS at the images' own size.
+NATIVE = "native"
 
 
 @dataclass
@@ -45,6 +50,9 @@ class ProtocolModels:
     Args:
         places: model → its file or folder, as the user gave it.
         device: where PyTorch's networks run, and ``cuda`` NudeNet too.
+
+    Raises:
+        UsageError: a place where nothing is.
     """
 
     places: Mapping[str, Path]
@@ -58,18 +66,50 @@ class ProtocolModels:
 
     def needed(self, protocol: ProtocolFile) -> tuple[str, ...]:
         """The models that a protocol needs and no place is known of."""
-        names = [one.model for one in protocol.detectors]
-        names += [_Q16_CLIP for one in protocol.detectors if one.model == "q16"]
-        for metric in protocol.metrics:
-            names.append(_model(metric) or "")
-        free = {DEMO_CLIP, "320n", ""}
-        return tuple(name for name in dict.fromkeys(names) if name not in free | set(self.places))
+        return tuple(name for name in _models(protocol) if name not in _FREE | set(self.places))
 
-    def check(self, protocol: ProtocolFile) -> None:
-        """Raise ``UsageError`` for the first model that a protocol needs and no place is known of."""
-        for name in self.needed(protocol):
-            what = KNOWN.get(name, "its file or folder")
-            raise UsageError(f"{protocol.name} needs the model {name}: give --model {name}=PATH ({what})")
+    def check(self, protocols: Sequence[ProtocolFile]) -> None:
+        """Look for what can be missing, without opening anything.
+
+        Raises:
+            UsageError: a metric that can't be computed as its protocol has it, a model that a protocol needs and no
+                place is known of, or a place of a model that none needs.
+        """
+        for protocol in protocols:
+            for metric in protocol.metrics:
+                _check_metric(protocol, metric)
+            for name in self.needed(protocol):
+                what = KNOWN.get(name, "its file or folder")
+                raise UsageError(f"{protocol.name} needs the model {name}: give --model {name}=PATH ({what})")
+        used = {*KNOWN, *(name for protocol in protocols for name in _models(protocol))}
+        for name in self.places:
+            if name not in used:
+                close = difflib.get_close_matches(name, sorted(used), n=1)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(used - {DEMO_CLIP}))}"
+                raise UsageError(f"--model {name}: no protocol of this run has such a model: {hint}")
+
+    def open(self, protocol: ProtocolFile) -> dict[str, dict[str, str]]:
+        """Open all of a protocol's networks, so that a broken file is found before hours of work.
+
+        Returns:
+            The fingerprint of each network by its name: what the figures depend on.
+
+        Raises:
+            ModelError, UsageError: a file can't be used.
+            MissingExtra: a library isn't installed.
+        """
+        opened: list[Any] = [
+            self.clip(one.model) if one.name == "clip" else self.detector(one) for one in protocol.detectors
+        ]
+        for metric in protocol.metrics:
+            if metric.name in ("fid", "kid"):
+                opened.append(self.extractor(metric))
+            elif metric.name == "lpips":
+                opened += [self.lpips(variant) for variant in metric.variants]
+            elif metric.model is not None:
+                opened.append(self.clip(metric.model))
+        prints: list[Fingerprint] = [one.fingerprint for one in opened]
+        return {one.name: one.model_dump() for one in sorted(prints, key=lambda one: one.name)}
 
     def clip(self, name: str) -> ClipEncoder:
         """A CLIP by its name in the protocol.
@@ -78,17 +118,19 @@ class ProtocolModels:
             ModelError: its folder holds no CLIP.
         """
         return self._once(
-            name,
-            lambda: ClipEncoder(CLIP if name == DEMO_CLIP else self.places[name], name=name, device=self.device),
+            f"clip {name}",
+            lambda: ClipEncoder(
+                self.places.get(name, CLIP) if name == DEMO_CLIP else self.places[name], name=name, device=self.device
+            ),
         )
 
     def detector(self, chosen: Detector) -> ImageDetector:
-        """NudeNet or a classifier. A zero-shot CLIP is no network of its own: see ``rule_outcomes``.
+        """NudeNet or a classifier. A zero-shot CLIP is no network of its own: see ``RunImages.recognised``.
 
         Raises:
             ModelError: its file can't be used.
         """
-        return self._once(f"detector {chosen.model}", lambda: self._detector(chosen))
+        return self._once(f"{chosen.name} {chosen.model} {chosen.version}", lambda: self._detector(chosen))
 
     def _detector(self, chosen: Detector) -> ImageDetector:
         place = self.places.get(chosen.model)
@@ -113,26 +155,22 @@ class ProtocolModels:
         Raises:
             ModelError: its file can't be used.
         """
-        name = _model(metric) or _INCEPTION
+        name = metric.model or _INCEPTION
         if name != _INCEPTION:
             return self.clip(name)
         from excise.eval.inception import InceptionExtractor
 
         return self._once(name, lambda: InceptionExtractor(self.places[_INCEPTION], device=self.device))
 
-    def lpips(self, size: int | None) -> Lpips:
-        """LPIPS at a size in pixels; None is the images' own.
+    def lpips(self, variant: str) -> Lpips:
+        """LPIPS at a size in pixels, or ``native``.
 
         Raises:
             ModelError: its file can't be used.
+            UsageError: a size that AlexNet can't read.
         """
+        size = None if variant == NATIVE else int(variant)
         return self._once(f"lpips {size}", lambda: Lpips(self.places[_ALEXNET], size=size, device=self.device))
-
-    def fingerprints(self) -> dict[str, dict[str, str]]:
-        """Of every network that was opened, by its name: what the figures depend on."""
-        found = sorted({one.fingerprint.model_dump_json() for one in self._opened.values()})
-        parsed = [Fingerprint.model_validate_json(one).model_dump() for one in found]
-        return {one["name"]: one for one in parsed}
 
     def _once(self, name: str, open_: Callable[[], Network]) -> Network:
         if name not in self._opened:
@@ -141,7 +179,28 @@ class ProtocolModels:
         return opened
 
 
-def _model(metric: Metric) -> str | None:
-    """What a metric is computed with; None for none."""
+def _models(protocol: ProtocolFile) -> tuple[str, ...]:
+    """The names of all models that a protocol is computed with."""
     own = {"fid": _INCEPTION, "kid": _INCEPTION, "lpips": _ALEXNET}
-    return metric.model or own.get(metric.name)
+    names = [one.model for one in protocol.detectors]
+    names += [_Q16_CLIP for one in protocol.detectors if one.model == "q16"]
+    names += [name for metric in protocol.metrics if (name := metric.model or own.get(metric.name))]
+    return tuple(dict.fromkeys(names))
+
+
+def _check_metric(protocol: ProtocolFile, metric: Metric) -> None:
+    place = f"{protocol.name}, metric {metric.name}"
+    if metric.name == "clip_score" and metric.model is None:
+        raise UsageError(f"{place}: name the CLIP that scores, such as model: clip-vit-base-patch32")
+    if metric.name in ("lpips", "psnr", "weights_changed", "edit_seconds") and metric.model is not None:
+        raise UsageError(f"{place}: it takes no model, and {metric.model} is named")
+    if metric.name != "lpips":
+        if metric.variants or metric.difference:
+            what = "variants" if metric.variants else "difference"
+            raise UsageError(f"{place}: {what} is for lpips")
+        return
+    if not metric.variants:
+        raise UsageError(f'{place}: say at which sizes, such as variants: ["64", native]')
+    for variant in metric.variants:
+        if variant != NATIVE and not (variant.isascii() and variant.isdigit()):
+            raise UsageError(f"{place}: {variant!r} is no size: give native, or pixels such as 64")

@@ -181,6 +181,13 @@ def test_a_star_is_every_judged_runtime() -> None:
     assert (absent.runtime, absent.status) == (None, "failed")
 
 
+def test_a_run_for_the_floor_is_not_judged() -> None:
+    report = evaluation(extra=(runtime("edited again", intact=None),))
+    record = report.protocols[0].model_copy(update={"floor": ("edited again",)})
+    result = decide(report.model_copy(update={"protocols": (record,)}), policy({"kind": "provenance"}))
+    assert [check.runtime for check in result.checks] == ["onnx"]
+
+
 def test_nothing_to_judge_fails() -> None:
     report = evaluation()
     record = report.protocols[0]
