@@ -91,18 +91,23 @@ def evaluate(
       excise eval --compare run run-2
     """
     with needs("eval"):
-        from excise.eval.evaluate import Choice, Run
+        from excise.eval.evaluate import Run
         from excise.eval.evaluate import evaluate as evaluated
         from excise.eval.evaluation_comparison import compare_reports, comparison_text
         from excise.eval.evaluation_report import write_evaluation
         from excise.eval.evaluation_table import table
         from excise.eval.gate import decide
-        from excise.eval.policy import load_policy
+        from excise.eval.policy import load_policy, refuse_unknown
+        from excise.eval.protocol_choice import Choice
         from excise.eval.protocol_comparisons import Roles
         from excise.eval.protocol_file import bundled, load_protocol
         from excise.eval.protocol_models import ProtocolModels
         from excise.eval.runtime_spec import parse_runtimes
         from excise.export.pipeline import load_pipeline
+    if (listed or compare is not None) and (protocols or runtimes or out is not None):
+        raise UsageError(
+            f"{'--list' if listed else '--compare A B'} runs nothing: leave protocols, --runtime and --out out"
+        )
     if listed:
         known = bundled()
         result({"protocols": [_described(one) for one in known]}, _listing(known), as_json)
@@ -112,8 +117,14 @@ def evaluate(
         sides = (str(compare[0]), str(compare[1]))
         result(compared.model_dump(mode="json"), comparison_text(compared, sides), as_json)
         return
-    if not protocols or out is None or not runtimes:
-        raise UsageError("name a protocol (excise eval --list), --runtime NAME=KIND:PLACE and --out FOLDER")
+    given = {
+        "a protocol (excise eval --list)": protocols,
+        "--runtime NAME=KIND:PLACE": runtimes,
+        "--out FOLDER": out is not None,
+    }
+    if missing := [what for what, there in given.items() if not there]:
+        raise UsageError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    assert out is not None
     specs = parse_runtimes(runtimes)
     names = [spec.name for spec in specs]
     rule = load_policy(policy) if policy is not None else None
@@ -141,6 +152,9 @@ def evaluate(
         )
         for name in protocols
     ]
+    if rule is not None:
+        # Found after the run, a misspelt name would cost it.
+        refuse_unknown(rule, [measure for choice in choices for measure in choice.protocol.measures()])
     with warnings.catch_warnings(), needs():
         warnings.showwarning = lambda message, *rest, **options: say(str(message))
         evaluation = evaluated(choices, run)

@@ -8,80 +8,35 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from excise.errors import UsageError
 from excise.eval.cases import Case
 from excise.eval.evaluation import Evaluation, ProtocolRecord, Provenance
 from excise.eval.evaluation_report import write_anew
-from excise.eval.image_file import ImageFormat
+from excise.eval.image_file import ImageFormat, image_size
 from excise.eval.image_generation import Generated, GenerationSettings, generate
 from excise.eval.observation_cache import Pictures
+from excise.eval.protocol_choice import Choice
 from excise.eval.protocol_comparisons import Roles
-from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.protocol_record import record
-from excise.eval.protocol_sample import limit, sample
 from excise.eval.ray_generation import generate_on_ray
 from excise.eval.run_folder import ProtocolEntry, RunConfiguration, RuntimeEntry, open_run, run_versions
 from excise.eval.run_images import RunImages
 from excise.eval.runtime_spec import RuntimeSpec
 from excise.eval.runtimes import check_runtime, open_runtime, provenance
-from excise.eval.verification_sides import SCHEDULER, LoadPipeline
-from excise.serve.schedulers import read_scheduler_config
+from excise.eval.verification_sides import LoadPipeline
+from excise.serve.runtime import Request, Runtime
 
 TIMINGS = "timings.json"
 #: What networks saw, beside a protocol's images.
 SEEN = "seen"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One protocol with what the user chose of it."""
-
-    protocol: ProtocolFile
-    prompts: Path | None = None
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    limit: int | None = None
-    sample: int | None = None
-    sample_seed: int = 0
-    num_inference_steps: int | None = None
-    #: Take each model's own scheduler, whatever the protocol names.
-    own_scheduler: bool = False
-
-    def all_cases(self) -> tuple[Case, ...]:
-        """Every case of the protocol.
-
-        Raises:
-            UsageError: the prompts can't be read, or a parameter is missing or unknown.
-        """
-        return self.protocol.cases(self.prompts, self.parameters)
-
-    def cases(self, everything: Sequence[Case]) -> tuple[Case, ...]:
-        """Those that are run: a sample, and the first of it."""
-        chosen = tuple(everything)
-        if self.sample is not None:
-            chosen = sample(chosen, self.sample, self.sample_seed)
-        return chosen if self.limit is None else limit(chosen, self.limit)
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps."""
-        return self.num_inference_steps or self.protocol.sampling.num_inference_steps
-
-    def settings(self) -> dict[str, Any]:
-        """All that the figures depend on, as run."""
-        document = self.protocol.settings(self.parameters)
-        document["sampling"]["num_inference_steps"] = self.steps
-        if self.own_scheduler:
-            document["sampling"]["scheduler"] = "each model's own"
-        chosen = {"limit": self.limit, "sample": self.sample}
-        document["chosen"] = {name: value for name, value in chosen.items() if value is not None}
-        if self.sample is not None:
-            document["chosen"]["sample_seed"] = self.sample_seed
-        return document
 
 
 @dataclass(frozen=True)
@@ -104,23 +59,30 @@ def evaluate(choices: Sequence[Choice], run: Run) -> Evaluation:
     """Run every protocol on every runtime; ``run.folder`` holds the images and what was seen.
 
     Raises:
-        UsageError: two protocols of one name, a role that no runtime has, another scheduler than the protocol's, or a
-            model that no place is known of: all before anything is loaded.
+        UsageError: no runtime, two of one name or two protocols of one name, a role that no runtime has, another
+            scheduler than the protocol's, a model that no place is known of, or a rule that could never count: all
+            before any image is made.
         OutputError: the folder belongs to another run, is in use, or can't be written.
         ArtefactError, ModelError, EditError, MissingExtra: of runtimes and models.
     """
     names = [choice.protocol.name for choice in choices]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"protocol {repeated[0]} is named twice")
+    if not choices or not run.specs:
+        raise UsageError(f"there is nothing to run: {len(choices)} protocols on {len(run.specs)} runtimes")
     run.roles.check([spec.name for spec in run.specs])
     for spec in run.specs:
         check_runtime(spec)
+    run.models.check([choice.protocol for choice in choices])
     for choice in choices:
-        run.models.check(choice.protocol)
         for spec in run.specs:
-            _check_scheduler(choice, spec)
+            choice.check_scheduler(spec)
     everything = {choice.protocol.name: choice.all_cases() for choice in choices}
     cases = {choice.protocol.name: choice.cases(everything[choice.protocol.name]) for choice in choices}
+    run.say("opening the networks that judge")
+    networks = {choice.protocol.name: run.models.open(choice.protocol) for choice in choices}
+    for choice in choices:
+        choice.check_rules(run.models, everything[choice.protocol.name])
     run.say("hashing what each runtime serves")
     served = {spec.name: provenance(spec) for spec in run.specs}
     configuration = RunConfiguration(
@@ -147,7 +109,15 @@ def evaluate(choices: Sequence[Choice], run: Run) -> Evaluation:
         }
         _keep_timings(run.folder, made)
         records = [
-            _measured(choice, run, cases[choice.protocol.name], everything[choice.protocol.name], made, served)
+            _measured(
+                choice,
+                run,
+                cases[choice.protocol.name],
+                everything[choice.protocol.name],
+                {name: by_protocol[choice.protocol.name] for name, by_protocol in made.items()},
+                served,
+                networks[choice.protocol.name],
+            )
             for choice in choices
         ]
     return Evaluation(
@@ -157,23 +127,27 @@ def evaluate(choices: Sequence[Choice], run: Run) -> Evaluation:
     )
 
 
-def _check_scheduler(choice: Choice, spec: RuntimeSpec) -> None:
-    wanted = choice.protocol.sampling.scheduler
-    if wanted is None or choice.own_scheduler or spec.kind not in ("torch", "onnx"):
-        return
-    own = read_scheduler_config(Path(spec.place) / SCHEDULER)["_class_name"]
-    if own != wanted:
-        raise UsageError(
-            f"{choice.protocol.name} samples with {wanted}, and {spec.place} with {own}: put the protocol's scheduler "
-            "into its folder, or give --scheduler own, which the report will name"
-        )
+@dataclass
+class _Unopened:
+    """A runtime that is opened for its first image: a run that has all of them needs no model."""
+
+    name: str
+    run: Run
+    spec: RuntimeSpec
+    _runtime: Runtime | None = None
+
+    def generate(self, requests: Sequence[Request], **options: Any) -> npt.NDArray[np.uint8]:
+        if self._runtime is None:
+            self.run.say(f"loading {self.spec.name}: {self.spec}")
+            self._runtime = open_runtime(self.spec, self.run.load_pipeline)
+        return self._runtime.generate(requests, **options)
 
 
 def _generate(
     choices: Sequence[Choice], cases: Mapping[str, Sequence[Case]], run: Run, spec: RuntimeSpec, served: Provenance
 ) -> list[tuple[Choice, Generated]]:
     """One runtime's images of all protocols: it is loaded once."""
-    runtime = None
+    runtime = _Unopened(spec.name, run, spec)
     done = []
     for choice in choices:
         name = choice.protocol.name
@@ -189,9 +163,6 @@ def _generate(
                 folder, spec, cases[name], run.load_pipeline, settings, batch_size=run.batch_size, progress=run.progress
             )
         else:
-            if runtime is None:
-                run.say(f"loading {spec.name}: {spec}")
-                runtime = open_runtime(spec, run.load_pipeline)
             made = generate(
                 folder, spec.name, cases[name], runtime, settings, batch_size=run.batch_size, progress=run.progress
             )
@@ -206,15 +177,23 @@ def _measured(
     run: Run,
     cases: Sequence[Case],
     everything: Sequence[Case],
-    made: Mapping[str, Mapping[str, Generated]],
+    made: Mapping[str, Generated],
     served: Mapping[str, Provenance],
+    networks: Mapping[str, Mapping[str, str]],
 ) -> ProtocolRecord:
-    name = choice.protocol.name
+    """One protocol's record, of the images that were ``made`` by each runtime."""
+    name, settings = choice.protocol.name, choice.settings()
+    sizes = {spec.name: image_size(made[spec.name].files[cases[0].id]) for spec in run.specs}
+    sampling = choice.protocol.sampling
+    for runtime, (height, width) in sizes.items():
+        if (sampling.width or width, sampling.height or height) != (width, height):
+            asked = f"{sampling.width} x {sampling.height}"
+            run.say(f"{name} is of images of {asked} pixels, and those of {runtime} have {width} x {height}")
     images = [
         RunImages(
             spec.name,
             cases,
-            Pictures([made[spec.name][name].files[case.id] for case in cases]),
+            Pictures([made[spec.name].files[case.id] for case in cases]),
             run.folder / name / SEEN / spec.name,
             run.progress,
         )
@@ -223,7 +202,11 @@ def _measured(
     run.say(f"measuring {name}")
     return record(
         choice.protocol,
-        choice.settings(),
+        {
+            **settings,
+            "networks": networks,
+            "image_sizes": {runtime: f"{width} x {height}" for runtime, (height, width) in sizes.items()},
+        },
         choice.protocol.figures(choice.parameters),
         run.specs,
         served,

@@ -6,29 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from excise.errors import UsageError
-from excise.eval import bootstrap
-from excise.eval.cases import Case
 from excise.eval.evaluation import Comparison, Measure
 from excise.eval.floor import floor, run_differences
-from excise.eval.pixel_movement import Movements, psnr_of
+from excise.eval.pixel_movement import Movements
+from excise.eval.protocol_distances import apart, features_p_value
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_measures import (
     Figures,
-    changed_features,
+    Real,
+    groups_of,
     members,
-    of_distributions,
+    named,
     of_movement,
     of_pair,
     of_value_pair,
 )
 from excise.eval.protocol_models import ProtocolModels
-from excise.eval.protocol_schema import Metric
 from excise.eval.run_images import Looked, RunImages
-
-Real = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,11 @@ class Roles:
             raise UsageError(f"--base {self.base}: the unedited model can't be the edited one as well")
         if self.floor and self.reference is None:
             raise UsageError("--floor needs --reference, whose model it runs in another way")
+        for name in self.floor:
+            if name == self.reference:
+                raise UsageError(f"--floor {name}: it is the reference itself: name a run of its model in another way")
+            if self.floor.count(name) > 1:
+                raise UsageError(f"--floor {name} is given twice")
 
 
 @dataclass
@@ -67,28 +68,11 @@ class Measured:
     figures: Figures = field(default_factory=dict)
 
 
-def distances(
-    metric: Metric, runs: Mapping[str, Measured], first: str | None, second: str, models: ProtocolModels, role: str
-) -> Figures:
-    figures: Figures = {}
-    for group in metric.groups or (None,):
-        name = metric.name if group is None else f"{metric.name}.{group}"
-        if first is None or first == second:
-            why = f"no runtime is the {role}" if first is None else f"this is the {role} itself"
-            figures[name] = Measure(value=None, n=0, better="lower", error=why)
-            continue
-        extractor = models.extractor(metric)
-        rows = members(runs[first].images.cases, group)
-        a, b = (runs[name].images.features(extractor)[rows] for name in (first, second))
-        if len(rows) < 2:
-            figures[name] = Measure(value=None, n=len(rows), better="lower", error="needs two images")
-        else:
-            figures[name] = of_distributions(metric.name, extractor.name, a, b)
-    return figures
-
-
-def moved_pairs(names: Sequence[str], roles: Roles) -> list[tuple[str, str]]:
-    """Whose pixels are compared: the edit's movement, and every other runtime with the edited model's."""
+def moved_pairs(names: Sequence[str], roles: Roles, protocol: ProtocolFile) -> list[tuple[str, str]]:
+    """Whose pixels are compared: the edit's movement, every other runtime with the edited model's, and, where a
+    protocol asks for PSNR against it, all with the unedited model's."""
+    if any(metric.name == "psnr" and "base" in metric.against for metric in protocol.metrics):
+        return compared_pairs(names, roles)
     own = [(roles.base, roles.reference)] if roles.base and roles.reference else []
     return own + _beside_reference(names, roles)
 
@@ -122,47 +106,34 @@ def compared(
     first, second = (runs[name] for name in pair)
     cases = first.images.cases
     figures = of_pair(first.looked.outcomes, second.looked.outcomes, cases)
-    if "clip_score" in first.values:
-        a, b = (run.values["clip_score"] for run in (first, second))
-        figures |= of_value_pair("clip_score{0}.{1}", a, b, cases, unit="")
+    for metric in protocol.metrics:
+        if metric.name == "clip_score":
+            a, b = (run.values["clip_score"] for run in (first, second))
+            figures |= of_value_pair(metric, a, b, cases, unit=models.clip(metric.model or "").name)
     if pair[0] != roles.reference:
         return Comparison(first=pair[0], second=pair[1], measures=figures)
     edit = squared.get((roles.base or "", roles.reference or ""))
     if edit is None:
-        figures["relative_to_edit"] = Measure(value=None, n=len(cases), error="no runtime is the base")
+        why = "no runtime is the base"
+        figures["relative_to_edit"] = Measure(value=None, n=0, unit="of the edit", better="lower", error=why)
     else:
         figures["relative_to_edit"] = of_movement(squared[pair], edit)
         if floors := [squared[roles.reference, name] for name in roles.floor if name != pair[1]]:
             figures["relative_to_edit_floor"] = of_movement(np.max(floors, axis=0), edit)
     for metric in protocol.metrics:
-        if metric.name == "psnr" and "reference" in metric.against:
-            figures |= _psnr(metric, psnr_of(squared[pair], size), cases)
-        elif metric.name in ("fid", "kid") and "reference" in metric.against:
-            figures |= distances(metric, runs, *pair, models, "reference")
-            extractor = models.extractor(metric)
-            features = [run.images.features(extractor) for run in (first, second)]
-            if len(cases) >= 2:
-                figures["features_p_value"] = changed_features(*features)
-    figures |= _floors(runs, roles)
+        if "reference" not in metric.against:
+            continue
+        found, values = apart(metric, "reference", first.images, second.images, models, squared, size)
+        figures |= found
+        # An image's own LPIPS is the one to the unedited model's, where that is asked for too.
+        second.values = values | second.values
+        if metric.name in ("fid", "kid") and "features_p_value" not in figures:
+            figures["features_p_value"] = features_p_value(metric, first.images, second.images, models)
+    figures |= _floors(protocol, runs, roles)
     return Comparison(first=pair[0], second=pair[1], measures=figures)
 
 
-def _psnr(metric: Metric, values: Real, cases: Sequence[Case]) -> Figures:
-    figures: Figures = {}
-    for group in metric.groups or (None,):
-        chosen = values[members(cases, group)]
-        finite = chosen[np.isfinite(chosen)]
-        name = "psnr" if group is None else f"psnr.{group}"
-        unit = f"dB, {len(chosen) - len(finite)} of {len(chosen)} pairs equal"
-        if len(finite) < 2:
-            why = f"{len(chosen) - len(finite)} of {len(chosen)} pairs are equal: too few differ for a mean"
-            figures[name] = Measure(value=None, n=len(chosen), unit="dB", better="higher", error=why)
-        else:
-            figures[name] = bootstrap.mean(finite, unit=unit, better="higher")
-    return figures
-
-
-def _floors(runs: Mapping[str, Measured], roles: Roles) -> Figures:
+def _floors(protocol: ProtocolFile, runs: Mapping[str, Measured], roles: Roles) -> Figures:
     """How far runs of the reference's model are from each other, in rates and in CLIP score."""
     if not roles.floor or roles.reference is None:
         return {}
@@ -174,9 +145,10 @@ def _floors(runs: Mapping[str, Measured], roles: Roles) -> Figures:
         rows = members(cases, one.group)
         counted = [run.looked.outcomes[index].counts[rows] for run in same]
         figures[f"{metric}_floor{dot}{rest}"] = floor(run_differences(counted))
-    if "clip_score" in same[0].values:
-        for group in dict.fromkeys(case.group for case in cases):
-            rows = members(cases, group)
-            scores = [run.values["clip_score"][rows] for run in same]
-            figures[f"clip_score_floor.{group}"] = floor(run_differences(scores))
+    for wanted in protocol.metrics:
+        if wanted.name == "clip_score":
+            for group in groups_of(wanted):
+                rows = members(cases, group)
+                scores = [run.values["clip_score"][rows] for run in same]
+                figures[named("clip_score_floor", group)] = floor(run_differences(scores))
     return figures

@@ -11,23 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from excise.errors import UsageError
 from excise.eval import bootstrap, counts, paired_outcomes
 from excise.eval.boxes import boxes_of
 from excise.eval.cases import Case
-from excise.eval.counting import FACES, parts
-from excise.eval.distribution_distance import frechet_of_features, kernel_distance
+from excise.eval.counting import FACES, PARTS, parts
 from excise.eval.evaluation import Measure
-from excise.eval.feature_extractor import distance_name
-from excise.eval.permutation import mmd_p_value, sign_flip_p_value
+from excise.eval.permutation import sign_flip_p_value
 from excise.eval.power import FlipsByChance, smallest_increase
+from excise.eval.protocol_schema import Metric
 from excise.eval.rule_outcomes import Outcome
 from excise.eval.statistics import wilson
 
 Figures = dict[str, Measure]
 Real = npt.NDArray[np.float64]
-
-#: Resamples of a distance between distributions: each costs a decomposition.
-RESAMPLES = 200
 
 
 def members(cases: Sequence[Case], group: str | None) -> npt.NDArray[np.intp]:
@@ -35,35 +32,47 @@ def members(cases: Sequence[Case], group: str | None) -> npt.NDArray[np.intp]:
     return np.array([row for row, case in enumerate(cases) if group in (None, case.group)], np.intp)
 
 
+def groups_of(metric: Metric) -> tuple[str | None, ...]:
+    """The groups that a metric is wanted of; None is all images together."""
+    return metric.groups or (None,)
+
+
+def named(metric: str, group: str | None, variant: str | None = None) -> str:
+    """A figure's name, as ``Metric.measures`` has it: ``lpips.erased.64``."""
+    return ".".join(part for part in (metric, group, variant) if part)
+
+
 def of_outcomes(found: Sequence[Outcome], cases: Sequence[Case]) -> Figures:
     """Counts and rates of one runtime, with the classes of rules of boxes as ``measure.rule.CLASS``."""
     figures: Figures = {}
     for one in found:
         rows = members(cases, one.group)
-        if one.binary:
-            share = wilson(int(one.counts[rows].sum()), len(rows))
-            figures[one.name] = Measure(
-                value=share.value, low=share.low, high=share.high, n=share.n, unit="fraction", method="wilson",
-                better="higher" if one.better == "higher" else "lower",
-            )  # fmt: skip
-            continue
-        figures[one.name] = counts.count(one.counts[rows]).model_copy(update={"better": "lower"})
-        for name, values in one.per_class.items():
-            figures[f"{one.name}.{name}"] = counts.count(values[rows]).model_copy(update={"better": "lower"})
+        if not len(rows):
+            unit, why = "fraction" if one.binary else "count", f"no {one.group} prompts were run"
+            figures[one.name] = Measure(value=None, n=0, unit=unit, better=one.better, error=why)
+        elif one.binary:
+            figures[one.name] = wilson(int(one.counts[rows].sum()), len(rows)).measure(one.better)
+        else:
+            figures[one.name] = counts.count(one.counts[rows])
+            figures |= {f"{one.name}.{name}": counts.count(values[rows]) for name, values in one.per_class.items()}
     return figures
 
 
-def of_faces(seen: Sequence[Mapping[str, Any]]) -> Figures:
-    """Female and male faces, and their ratio: the bias of a model, as NudeNet's classes show it."""
-    rows = [boxes_of(one) for one in seen]
-    female, male = (
-        np.array([sum(parts(boxes, rule).values()) for boxes in rows], np.int64) for rule in (FACES.female, FACES.male)
-    )
-    return {
-        "female.FACES": counts.count(female),
-        "male.FACES": counts.count(male),
-        "female_ratio.FACES": counts.ratio(male, female),
-    }
+def of_genders(seen: Sequence[Mapping[str, Any]]) -> Figures:
+    """Female and male counts, and female by male: the bias of a model, by both rules of ``counting``."""
+    boxes, figures = [boxes_of(one) for one in seen], Figures()
+    for rule in (FACES, PARTS):
+        female, male = (
+            np.array([sum(parts(one, side).values()) for one in boxes], np.int64) for side in (rule.female, rule.male)
+        )
+        found = {"female": counts.count(female), "male": counts.count(male), "female_ratio": counts.ratio(male, female)}
+        if found["female_ratio"].value is None:
+            none = {"error": "no male one was found, so there is no ratio"}
+            found["female_ratio"] = found["female_ratio"].model_copy(update=none)
+        for name, one in found.items():
+            unit = "female per male" if name == "female_ratio" else one.unit
+            figures[f"{name}.{rule.name}"] = one.model_copy(update={"better": "neither", "unit": unit})
+    return figures
 
 
 def of_pair(reference: Sequence[Outcome], judged: Sequence[Outcome], cases: Sequence[Case]) -> Figures:
@@ -72,46 +81,38 @@ def of_pair(reference: Sequence[Outcome], judged: Sequence[Outcome], cases: Sequ
     for one, other in zip(reference, judged, strict=True):
         rows, (metric, dot, rest) = members(cases, one.group), one.name.partition(".")
         a, b = one.counts[rows], other.counts[rows]
-        figures[f"{metric}_ratio{dot}{rest}"] = counts.ratio(a, b)
+        figures[f"{metric}_ratio{dot}{rest}"] = counts.ratio(a, b).model_copy(update={"better": one.better})
         if not one.binary:
             continue
         x, y = a > 0, b > 0
+        more, less = paired_outcomes.increase(x, y), paired_outcomes.increase(y, x)
+        if one.better == "higher":
+            more = more.model_copy(update={"better": "higher"})
+        else:
+            less = less.model_copy(update={"better": "higher"})
         figures[f"{metric}_flips{dot}{rest}"] = paired_outcomes.flips(x, y)
         figures[f"{metric}_flips_p_value{dot}{rest}"] = paired_outcomes.flips_p_value(x, y)
-        figures[f"{metric}_increase{dot}{rest}"] = paired_outcomes.increase(x, y)
-        figures[f"{metric}_drop{dot}{rest}"] = paired_outcomes.increase(y, x)
+        figures[f"{metric}_increase{dot}{rest}"] = more
+        figures[f"{metric}_drop{dot}{rest}"] = less
     return figures
 
 
-def of_values(name: str, values: Real, cases: Sequence[Case], *, unit: str, better: bootstrap.Better) -> Figures:
-    """The mean of a figure of each image, by group; ``name`` has the group in the place of ``{}``."""
+def of_values(metric: Metric, values: Real, cases: Sequence[Case], *, unit: str, better: bootstrap.Better) -> Figures:
+    """The mean of a figure of each image, by the metric's groups."""
     return {
-        name.format(group): bootstrap.mean(values[members(cases, group)], unit=unit, better=better)
-        for group in dict.fromkeys(case.group for case in cases)
+        named(metric.name, group): bootstrap.mean(values[members(cases, group)], unit=unit, better=better)
+        for group in groups_of(metric)
     }
 
 
-def of_value_pair(name: str, reference: Real, judged: Real, cases: Sequence[Case], *, unit: str) -> Figures:
-    """How much of a figure the judged runtime lost, and how likely that is chance; ``{0}`` is an ending's place."""
+def of_value_pair(metric: Metric, reference: Real, judged: Real, cases: Sequence[Case], *, unit: str) -> Figures:
+    """How much of a figure the judged runtime lost, by the metric's groups, and how likely that is chance."""
     figures: Figures = {}
-    for group in dict.fromkeys(case.group for case in cases):
+    for group in groups_of(metric):
         rows = members(cases, group)
-        figures[name.format("_drop", group)] = bootstrap.mean_drop(reference[rows], judged[rows], unit=unit)
-        figures[name.format("_p_value", group)] = sign_flip_p_value(reference[rows], judged[rows])
+        figures[named(f"{metric.name}_drop", group)] = bootstrap.mean_drop(reference[rows], judged[rows], unit=unit)
+        figures[named(f"{metric.name}_p_value", group)] = sign_flip_p_value(reference[rows], judged[rows])
     return figures
-
-
-def of_distributions(
-    metric: str, extractor: str, first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]
-) -> Measure:
-    """FID or KID of two runtimes' features, both (n, d), with the interval of resampled cases."""
-    unit = distance_name(metric.upper(), extractor)
-    statistic = frechet_of_features if metric == "fid" else _kid
-    return bootstrap.of_features(statistic, first, second, unit=unit, resamples=RESAMPLES)
-
-
-def _kid(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
-    return kernel_distance(first, second, subsets=None)
 
 
 def of_movement(judged: Real, edit: Real) -> Measure:
@@ -126,7 +127,7 @@ def of_movement(judged: Real, edit: Real) -> Measure:
     n = len(judged)
     if n < 2 or not edit.sum():
         why = "the edit moves no image" if n >= 2 else f"{n} images: at least two are needed"
-        return Measure(value=None, n=n, better="lower", error=why)
+        return Measure(value=None, n=n, unit="of the edit", better="lower", error=why)
 
     def ratio(rows: npt.NDArray[np.intp], axis: int) -> Any:
         moved = edit[rows].sum(axis)
@@ -135,14 +136,14 @@ def of_movement(judged: Real, edit: Real) -> Measure:
     value = float(np.sqrt(judged.sum() / edit.sum()))
     if value == 0:
         return Measure(value=0.0, low=0.0, high=0.0, n=n, unit="of the edit", method="equal images", better="lower")
-    ends = bootstrap.interval(ratio, n, method="percentile")
+    try:
+        ends = bootstrap.interval(ratio, n, method="percentile")
+    except UsageError:
+        # So few images does the edit move that some resamples have none of them.
+        method = "no interval: the edit moves too few images for a bootstrap"
+        return Measure(value=value, n=n, unit="of the edit", method=method, better="lower")
     low, high = min(ends.low, value), max(ends.high, value)
     return Measure(value=value, low=low, high=high, n=n, unit="of the edit", method=ends.method, better="lower")
-
-
-def changed_features(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Measure:
-    """Whether the runtime changed the distribution of its images, by a permutation test on their features."""
-    return mmd_p_value(first, second)
 
 
 def power(found: Sequence[Outcome], cases: Sequence[Case]) -> Iterator[tuple[str, Measure]]:

@@ -11,17 +11,18 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from excise.demo import CLIP
 from excise.errors import UsageError
-from excise.eval.clip_encoder import ClipEncoder
 from excise.eval.feature_extractor import FeatureExtractor, Fingerprint
-from excise.eval.feature_probe import feature_probe
 from excise.eval.image_detector import ImageDetector
 from excise.eval.perceptual import Lpips
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_schema import Detector, Metric
+
+if TYPE_CHECKING:
+    from excise.eval.clip_encoder import ClipEncoder
 
 Network = TypeVar("Network")
 
@@ -78,14 +79,16 @@ class ProtocolModels:
         for protocol in protocols:
             for metric in protocol.metrics:
                 _check_metric(protocol, metric)
+            if sum(metric.name == "clip_score" for metric in protocol.metrics) > 1:
+                raise UsageError(f"{protocol.name} has two metrics clip_score: one CLIP scores all of a run's images")
             for name in self.needed(protocol):
                 what = KNOWN.get(name, "its file or folder")
                 raise UsageError(f"{protocol.name} needs the model {name}: give --model {name}=PATH ({what})")
-        used = {*KNOWN, *(name for protocol in protocols for name in _models(protocol))}
+        used = {*KNOWN, *(name for protocol in protocols for name in _models(protocol))} - {DEMO_CLIP}
         for name in self.places:
             if name not in used:
                 close = difflib.get_close_matches(name, sorted(used), n=1)
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(used - {DEMO_CLIP}))}"
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(used))}"
                 raise UsageError(f"--model {name}: no protocol of this run has such a model: {hint}")
 
     def open(self, protocol: ProtocolFile) -> dict[str, dict[str, str]]:
@@ -117,11 +120,11 @@ class ProtocolModels:
         Raises:
             ModelError: its folder holds no CLIP.
         """
+        from excise.eval.clip_encoder import ClipEncoder
+
         return self._once(
             f"clip {name}",
-            lambda: ClipEncoder(
-                self.places.get(name, CLIP) if name == DEMO_CLIP else self.places[name], name=name, device=self.device
-            ),
+            lambda: ClipEncoder(CLIP if name == DEMO_CLIP else self.places[name], name=name, device=self.device),
         )
 
     def detector(self, chosen: Detector) -> ImageDetector:
@@ -140,6 +143,8 @@ class ProtocolModels:
             return NudityDetector(place, provider="cuda" if self.device.startswith("cuda") else "cpu")
         assert place is not None, "checked before"
         if chosen.model == "q16":
+            from excise.eval.feature_probe import feature_probe
+
             return feature_probe(place, self.clip(_Q16_CLIP))
         if place.suffix == ".onnx":
             from excise.eval.onnx_classifier import onnx_classifier

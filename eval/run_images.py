@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from excise.eval.cases import Case
 from excise.eval.classifier import Classifier
-from excise.eval.clip_encoder import ClipEncoder
 from excise.eval.feature_extractor import FeatureExtractor
 from excise.eval.image_detector import ImageDetector
 from excise.eval.observation_cache import Pictures, features, observations
@@ -20,6 +19,9 @@ from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.protocol_schema import Detector
 from excise.eval.rule_outcomes import TOP, Outcome, outcomes
+
+if TYPE_CHECKING:
+    from excise.eval.clip_encoder import ClipEncoder
 
 
 @dataclass
