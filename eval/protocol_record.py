@@ -128,13 +128,13 @@ def _case(row: int, case: Case, runs: Mapping[str, Measured], folder: Path) -> C
         figures = {metric: float(values[row]) for metric, values in run.values.items() if np.isfinite(values[row])}
         # ``detected`` says the first.
         for one in outcomes[1:]:
-            if one.group in (None, case.group):
+            if one.counts_in(case):
                 figures[one.name] = float(one.counts[row])
         findings[name] = Finding(
             file=run.images.pictures.files[row].relative_to(folder).as_posix(),
             sha256=run.images.digests[row],
             flagged=any(one.flags and one.counts[row] > 0 for one in outcomes),
-            detected=bool(outcomes[0].counts[row] > 0) if outcomes else None,
+            detected=bool(outcomes[0].counts[row] > 0) if outcomes and outcomes[0].counts_in(case) else None,
             figures=figures,
             seen=in_words(run.looked.seen, row),
         )

@@ -46,6 +46,10 @@ class Outcome:
     better: Literal["lower", "higher"] = "lower"
     flags: bool = True
 
+    def counts_in(self, case: Case) -> bool:
+        """Whether a case's image is of the figure's group."""
+        return self.group in (None, case.group)
+
 
 def check_rules(
     rules: Sequence[AnyKindOfRule],

@@ -10,17 +10,18 @@ import errno
 import gc
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from excise.errors import ArtefactError, ExciseError, MissingExtra, UsageError
 from excise.export.denoisers import Denoiser, encode
+from excise.export.layout import MODEL, gather
 from excise.export.options import ExportOptions, StaticShapes
 from excise.export.pipeline import first_line
 from excise.export.quiet import quiet
 
-MODEL = "model.onnx"
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _BESIDE = ("scheduler", "feature_extractor", "tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -165,15 +166,18 @@ def _export_one(
     shapes = _shapes(name, sizes) if sizes is not None else {}
     path = folder / MODEL
     precision = description.float_dtype
-    _, outputs = export(
-        model,
-        description,
-        path,
-        opset=options.opset,
-        input_shapes=shapes,
-        dtype=precision,
-        no_dynamic_axes=sizes is not None,
-    )
+    with _tensors_as_written():
+        _, outputs = export(
+            model,
+            description,
+            path,
+            opset=options.opset,
+            input_shapes=shapes,
+            dtype=precision,
+            no_dynamic_axes=sizes is not None,
+        )
+    if path.is_file():
+        gather(path)
     if not path.is_file():
         raise ArtefactError(f"the export to ONNX failed: Optimum wrote no {name}/{MODEL}")
     # In float16 torch and ONNX Runtime's CPU provider, which computes in float32, differ by rounding: only shapes and
@@ -185,6 +189,22 @@ def _export_one(
         )
     except (AtolError, OutputMatchError) as error:
         yield " ".join(str(error).split())
+
+
+@contextmanager
+def _tensors_as_written() -> Iterator[None]:
+    """Let Optimum leave a model of over 2 GB as PyTorch wrote it, with a file a tensor.
+
+    It would load the whole model and save it again; ``gather`` copies tensor by tensor.
+    """
+    from optimum.exporters.onnx import convert
+
+    asked = convert.check_model_uses_external_data
+    convert.check_model_uses_external_data = lambda model: False
+    try:
+        yield
+    finally:
+        convert.check_model_uses_external_data = asked
 
 
 def _shapes(name: str, sizes: Sizes) -> dict[str, int]:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from excise.errors import ArtefactError
-from excise.export.onnx_graph import Graph, save_graph
+from excise.export.onnx_graph import Graph, external_place, external_values, save_graph
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -57,11 +57,63 @@ def separate(path: Path, names: Iterable[str]) -> None:
     save_graph(graph.model, path)
 
 
+def gather(path: Path) -> None:
+    """Put the external data of the ONNX file ``path`` into one file, ``model.onnx_data``.
+
+    PyTorch writes a model of over 2 GB with a file for each of its tensors. They are copied and removed one by one, so
+    that neither memory nor disk has to hold the model a second time; tensors of less than 1 KiB go into the graph's
+    file. An ONNX file without external data, or with all of it in place, is left alone.
+
+    Raises:
+        ArtefactError: External data is missing or too short.
+    """
+    from onnx import load
+
+    graph = load(str(path), load_external_data=False)
+    scattered = [one for one in _tensors(graph.graph) if external_place(one)[0] not in (None, REST)]
+    if not scattered:
+        return
+    files = {path.parent / str(external_place(tensor)[0]) for tensor in scattered}
+    alone = len(files) == len(scattered)
+    with (path.parent / REST).open("xb") as stream:
+        for tensor in scattered:
+            data = external_values(tensor, path).tobytes()
+            file = path.parent / str(external_place(tensor)[0])
+            tensor.ClearField("external_data")
+            tensor.data_location = type(tensor).DEFAULT
+            if len(data) < SMALL:
+                tensor.raw_data = data
+            else:
+                _place(tensor, data, stream, REST)
+            if alone:
+                file.unlink()
+    save_graph(graph, path)
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _tensors(graph: Any) -> Iterator[TensorProto]:
+    """Every tensor of a graph: initialisers, and constants in its nodes and in their subgraphs."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _tensors(inner)
+
+
 def _move(tensor: TensorProto, values: NDArray[Any], stream: BinaryIO, location: str) -> None:
     """Append a tensor's bytes to external data and let it point there."""
+    data = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
+    _place(tensor, data, stream, location)
+
+
+def _place(tensor: TensorProto, data: bytes, stream: BinaryIO, location: str) -> None:
+    """Append ``data`` to a file of external data and let the tensor point there."""
     from onnx.external_data_helper import set_external_data
 
-    data = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
     offset = write_aligned(stream, data)
     tensor.ClearField("raw_data")
     for kind in ("float_data", "double_data", "int32_data", "int64_data", "uint64_data"):

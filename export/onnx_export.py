@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from excise.errors import NoCrossAttention, NumericsError
-from excise.export.components import MODEL, export_components, fixed_sizes
+from excise.export.components import export_components, fixed_sizes
 from excise.export.denoisers import Denoiser, check_exportable, family_of, make_inputs
-from excise.export.layout import BASE, separate, write_base
+from excise.export.layout import BASE, MODEL, separate, write_base
 from excise.export.local_paths import remove_local_paths
 from excise.export.options import ExportOptions, Precision, make_options
 from excise.export.parity import DenoiserInputs, onnx_outputs, torch_outputs

@@ -135,7 +135,7 @@ class Graph:
 
             values: NDArray[Any] = numpy_helper.to_array(tensor)
             return values
-        return _external_values(tensor, self.path)
+        return external_values(tensor, self.path)
 
     def holding(self, weight: NDArray[Any]) -> list[str]:
         """Names of the initialisers whose values equal ``weight`` or its transpose; for messages only."""
@@ -153,7 +153,7 @@ def external_place(tensor: TensorProto) -> tuple[str | None, int]:
     return fields.get("location"), int(fields.get("offset", 0))
 
 
-def _external_values(tensor: TensorProto, path: Path) -> NDArray[Any]:
+def external_values(tensor: TensorProto, path: Path) -> NDArray[Any]:
     """The values of an initialiser that ``path`` keeps in external data.
 
     The onnx package refuses files with several hard links, which versions of one model are made of.
