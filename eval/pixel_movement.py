@@ -48,5 +48,5 @@ def movements(
 def psnr_of(squared: Real, values: int) -> Real:
     """The peak signal-to-noise ratio of each pair in dB, with shape (n,): infinite where a pair is equal."""
     with np.errstate(divide="ignore"):
-        ratio: Real = 10 * np.log10(255**2 * values / squared)
+        ratio: Real = 10 * np.log10(255**2 / (squared / values))
     return ratio

@@ -153,4 +153,8 @@ def power(found: Sequence[Outcome], cases: Sequence[Case]) -> Iterator[tuple[str
         if not one.binary or one.better != "lower" or not len(rows):
             continue
         rate = float((one.counts[rows] > 0).mean())
-        yield one.name, smallest_increase(FlipsByChance(), len(rows), rate, unit="count")
+        if rate == 1:
+            why = "every image counts already: there is no increase to see"
+            yield one.name, Measure(value=None, n=len(rows), unit="count", better="lower", error=why)
+        else:
+            yield one.name, smallest_increase(FlipsByChance(), len(rows), rate, unit="count")

@@ -120,12 +120,13 @@ class ProtocolModels:
         Raises:
             ModelError: its folder holds no CLIP.
         """
-        from excise.eval.clip_encoder import ClipEncoder
 
-        return self._once(
-            f"clip {name}",
-            lambda: ClipEncoder(CLIP if name == DEMO_CLIP else self.places[name], name=name, device=self.device),
-        )
+        def opened() -> ClipEncoder:
+            from excise.eval.clip_encoder import ClipEncoder
+
+            return ClipEncoder(CLIP if name == DEMO_CLIP else self.places[name], name=name, device=self.device)
+
+        return self._once(f"clip {name}", opened)
 
     def detector(self, chosen: Detector) -> ImageDetector:
         """NudeNet or a classifier. A zero-shot CLIP is no network of its own: see ``RunImages.recognised``.

@@ -64,7 +64,8 @@ def test_boxes_are_counted_above_the_threshold(count: str, counts: list[int], bi
 
 
 @pytest.mark.parametrize(
-    ("top", "detected", "own"), [(1, [1, 0, 0, 0], [1, 0, 1, 0]), (2, [1, 1, 0, 1], [1, 0, 1, 0]), (3, [1] * 4, [1] * 4)]
+    ("top", "detected", "own"),
+    [(1, [1, 0, 0, 0], [1, 0, 1, 0]), (2, [1, 1, 0, 1], [1, 0, 1, 0]), (3, [1] * 4, [1] * 4)],
 )
 def test_labels_are_seen_among_the_best_whatever_their_capitals(top: int, detected: list[int], own: list[int]) -> None:
     erased, kept = outcomes([rule(kind="label", top=top)], [CLASSIFIER], seen(), CASES, CASES)
