@@ -1,7 +1,7 @@
 """The document of an evaluation, ``report.json``: what was measured, on what, and how sure it is.
 
-Everything that decides a release is here, so that gates, reports and comparisons need neither models nor images. Figures
-are named ``metric`` or ``metric.variant``, as in ``nude_parts.RECE`` or ``clip_score.kept``.
+Everything that decides a release is here, so that gates, reports and comparisons need neither models nor images.
+Figures are named ``metric`` or ``metric.variant``, as in ``nude_parts.RECE`` or ``clip_score.kept``.
 """
 
 from __future__ import annotations

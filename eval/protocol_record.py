@@ -67,6 +67,7 @@ def record(
         settings=settings,
         base=roles.base,
         reference=roles.reference,
+        floor=roles.floor,
         runtimes=tuple(
             RuntimeRecord(
                 name=spec.name,

@@ -136,7 +136,8 @@ class Workshop:
 
     def initializer_of(self, node: str) -> str:
         """The name of the matrix that a ``MatMul`` of the UNet multiplies by."""
-        (found,) = [one for one in onnx.load(self.folder / UNET, load_external_data=False).graph.node if one.name == node]
+        graph = onnx.load(self.folder / UNET, load_external_data=False).graph
+        (found,) = [one for one in graph.node if one.name == node]
         return str(found.input[1])
 
     def open(self, folder: Path | None = None, **options: Any) -> OnnxRuntime:
@@ -148,7 +149,8 @@ class Workshop:
 class Rewired:
     """A runtime with something wrong between the server's door and the model.
 
-    ``requests`` and ``images`` change what goes in and comes out of each batch; ``steps`` and ``guidance`` the settings.
+    ``requests`` and ``images`` change what goes in and comes out of each batch, ``steps`` and ``guidance`` the
+    settings.
     """
 
     runtime: Runtime
