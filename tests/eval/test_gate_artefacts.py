@@ -172,9 +172,12 @@ def test_a_wrong_artefact_fails(
     models: ProtocolModels,
     tmp_path: Path,
 ) -> None:
+    runtime = WRONG[name](workshop)
     try:
-        served = drawn(WRONG[name](workshop), "served", 0, tmp_path)
+        served = drawn(runtime, "served", 0, tmp_path)
     except ArtefactError as refused:
+        if name != "half-precision overflow":
+            raise
         note("wrong", name, f"no image: {str(refused).rpartition(': ')[2]}", None)
         return
     made, result = judged(served, torch_images(0), models)
