@@ -132,6 +132,21 @@ def new_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def put_in_place(path: Path, data: bytes) -> None:
+    """Write a file in one step, in place of one of the same name; after an error nothing is changed.
+
+    Raises:
+        OSError: It can't be written, or the disk is full.
+    """
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def hard_linked(source: Path, target: Path) -> bool:
     """Make ``target`` another name of the file ``source``; False where the file system can't (another disk, no links).
 

@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from excise.edit.prompts import printable, short
+from excise.edit.prompts import short
 from excise.errors import UsageError
+from excise.named_file import read_named
+from excise.printable import printable
 
 #: Bytes of a recipe: some 5000 prompts, which take YAML two seconds; longer lists go into files.
 LIMIT = 2**17
@@ -100,15 +102,7 @@ def read_document(path: Path) -> Document:
         UsageError: missing, a folder, unreadable, too large, not UTF-8, or not a YAML mapping.
     """
     shown = printable(path)
-    if path.is_dir():
-        raise UsageError(f"{shown} is a folder: name a recipe file")
-    try:
-        with path.open("rb") as file:
-            content = file.read(LIMIT + 1)
-    except FileNotFoundError:
-        raise UsageError(f"{shown} doesn't exist: name a recipe file") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{shown} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    content = read_named(path, LIMIT, folder="name a recipe file", missing=f"{shown} doesn't exist: name a recipe file")
     return parse(content, name=f"recipe {shown}", label=shown, folder=path.parent)
 
 

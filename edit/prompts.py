@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from excise.errors import UsageError
+from excise.printable import printable
 
 #: Characters of one line, or of one CSV row: no text encoder reads a fraction of it.
 LIMIT = 100_000
@@ -203,11 +204,6 @@ def _cells(file: BinaryIO, shown: str, column: str) -> Iterator[str]:
 
 def _listed(names: Iterable[str]) -> str:
     return printable(", ".join(name for name in names if name.strip()))[:200].strip() or "none, its first line is empty"
-
-
-def printable(text: object) -> str:
-    """``str(text)`` with anything that would break a line or a terminal as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
 
 
 def short(value: object) -> str:

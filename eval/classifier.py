@@ -57,25 +57,33 @@ class Classifier:
         if not len(images):
             return np.zeros((0, len(self.labels)), np.float32)
         logits = self._logits(images)
-        if logits.ndim != 2 or logits.shape[1] != len(self.labels):
-            raise ModelError(f"{self.name} has outputs of shape {logits.shape[1:]} for {len(self.labels)} labels")
-        if not np.isfinite(logits).all():
-            raise ModelError(
-                f"{self.name} gives logits that aren't finite: its weights or their number format are broken"
-            )
+        check_logits(self.name, logits, len(self.labels))
         return logits
 
     def observe(self, images: Images) -> list[dict[str, Any]]:
         """``{"labels": [the best ``top``, …], "probabilities": [theirs, among all labels]}`` of each image."""
-        logits = self.logits(images).astype(np.float64)
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities = weights / weights.sum(1, keepdims=True)
-        # Of equal logits the first label comes first, on every machine.
-        best = np.argsort(-logits, axis=1, kind="stable")[:, : self._top]
-        return [
-            {"labels": [self.labels[index] for index in row], "probabilities": one[row].tolist()}
-            for row, one in zip(best, probabilities, strict=True)
-        ]
+        return observations_of(self.logits(images), self.labels, self._top)
+
+
+def check_logits(name: str, logits: Logits, labels: int) -> None:
+    """Raise ``ModelError`` for logits that aren't finite, or aren't one a label with shape (n, labels)."""
+    if logits.ndim != 2 or logits.shape[1] != labels:
+        raise ModelError(f"{name} has outputs of shape {logits.shape[1:]} for {labels} labels")
+    if not np.isfinite(logits).all():
+        raise ModelError(f"{name} gives logits that aren't finite: its weights or their number format are broken")
+
+
+def observations_of(logits: Logits, labels: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """``Classifier.observe``'s observations, of logits with shape (n, labels)."""
+    logits = logits.astype(np.float64)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities = weights / weights.sum(1, keepdims=True)
+    # Of equal logits the first label comes first, on every machine.
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :top]
+    return [
+        {"labels": [labels[index] for index in row], "probabilities": one[row].tolist()}
+        for row, one in zip(best, probabilities, strict=True)
+    ]
 
 
 def read_labels(file: Path) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,12 @@ class ClipEncoder:
             else None
         )
         self._texts: dict[str, npt.NDArray[np.float32]] = {}
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What the features depend on. It hashes all weights, which not every use of a CLIP needs."""
         weights = {key: tensor.cpu().numpy() for key, tensor in self._model.state_dict().items()}
-        self.fingerprint = Fingerprint(
+        return Fingerprint(
             name=self.name,
             weights=weights_fingerprint(weights),
             preprocessing=f"bicubic to {self._image_size}, x / 127.5 − 1"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from excise.errors import UsageError
 from excise.eval.clip_encoder import ClipEncoder
 from excise.eval.feature_extractor import Images
+from excise.eval.zero_shot import label_features, label_logits
 
 
 class ClipDetector:
@@ -22,8 +23,7 @@ class ClipDetector:
 
     Args:
         folder: a transformers folder with a CLIP, as ``ClipEncoder`` reads it.
-        labels: label → the prompts that describe it. A label's embedding is the mean of its prompts' unit embeddings,
-            normalised again (§3.1.4 of the paper).
+        labels: label → the prompts that describe it, as ``zero_shot.label_features`` takes them.
         batch_size: images encoded together.
         device: where the model runs.
 
@@ -50,9 +50,7 @@ class ClipDetector:
         self.labels: tuple[str, ...] = tuple(labels)
         self.encoder = ClipEncoder(folder, name=name, batch_size=batch_size, device=device)
         self.name = self.encoder.name  #: as in reports
-        self._scale = np.float32(self.encoder.logit_scale)
-        means = np.stack([self.text_features(prompts).mean(0) for prompts in labels.values()])
-        self._label_features: npt.NDArray[np.float32] = means / np.linalg.norm(means, axis=1, keepdims=True)
+        self._label_features = label_features(self.encoder, labels)
 
     @property
     def dimension(self) -> int:
@@ -70,7 +68,7 @@ class ClipDetector:
 
     def label_logits(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Logits with shape (n, labels) of image features (n, d): the cosines times CLIP's ``logit_scale``."""
-        return (self._scale * features @ self._label_features.T).astype(np.float32, copy=False)
+        return label_logits(self.encoder, features, self._label_features)
 
     def image_features(self, images: Images) -> npt.NDArray[np.float32]:
         """Projected image embeddings of unit length, with shape (n, d)."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from excise.errors import OutputError, UsageError
 from excise.eval.evaluation import Evaluation
 from excise.eval.evaluation_checks import Check
 from excise.eval.evaluation_page import GENERATOR, ROWS, page
-from excise.output import PARTIAL, new_file
+from excise.output import put_in_place
 
 JSON, HTML = "report.json", "report.html"
 
@@ -76,11 +74,7 @@ def write_anew(path: Path, content: bytes) -> None:
         OutputError: the folder can't be written, or the disk is full.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as scratch:
-            whole = Path(scratch, path.name)
-            with new_file(whole) as partial:
-                partial.write_bytes(content)
-            os.replace(whole, path)
+        put_in_place(path, content)
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror}") from error
 

@@ -13,7 +13,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from excise.errors import ArtefactError, OutputError, UsageError
-from excise.output import PARTIAL
+from excise.output import put_in_place
 
 ImageFormat = Literal["png", "webp"]
 
@@ -100,14 +99,8 @@ def write_image(path: Path, data: bytes) -> None:
     Raises:
         OutputError: it can't be written, or the disk is full; nothing else is changed.
     """
-    partial = path.with_name(PARTIAL + path.name)
     try:
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        put_in_place(path, data)
     except OSError as error:
         reason = "no space is left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         raise OutputError(

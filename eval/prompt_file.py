@@ -20,7 +20,9 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from excise.errors import UsageError
-from excise.eval.prompt_text import printable, short
+from excise.eval.prompt_text import short
+from excise.named_file import read_named
+from excise.printable import printable
 from excise.serve.denoising import LARGEST_KEY
 
 #: Characters of a row: no text encoder reads a fraction of it, so a longer one has lost its closing quote.
@@ -107,15 +109,8 @@ def read_prompt_file(
 
 
 def _content(path: Path, shown: str) -> bytes:
-    if path.is_dir():
-        raise UsageError(f"{shown} is a folder: name a file of prompts")
-    try:
-        with path.open("rb") as file:
-            content = file.read(FILE_LIMIT + 1)
-    except FileNotFoundError:
-        raise UsageError(f"{shown} doesn't exist: name a file of prompts") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{shown} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    what = "name a file of prompts"
+    content = read_named(path, FILE_LIMIT, folder=what, missing=f"{shown} doesn't exist: {what}")
     if len(content) > FILE_LIMIT:
         raise UsageError(f"{shown} is larger than {FILE_LIMIT // 2**20} MiB: split it")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

@@ -5,14 +5,11 @@ from __future__ import annotations
 from reprlib import Repr
 from typing import Final
 
+from excise.printable import printable
+
 _REPR: Final = Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 _YAML: Final = {None: "null", True: "true", False: "false"}
-
-
-def printable(text: object) -> str:
-    """``str(text)`` with line ends, control characters and halves of characters as escapes."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
 
 
 def short(value: object) -> str:

@@ -18,7 +18,7 @@ from excise.errors import UsageError
 from excise.eval.cases import ERASED, KEPT, Case
 from excise.eval.evaluation import PaperFigure
 from excise.eval.prompt_file import PromptRow, read_prompt_file
-from excise.eval.prompt_text import printable, short
+from excise.eval.prompt_text import short
 from excise.eval.protocol_demo import BUILTIN
 from excise.eval.protocol_schema import (
     AnyKindOfRule,
@@ -36,6 +36,8 @@ from excise.eval.protocol_schema import (
     Whole,
 )
 from excise.eval.protocol_yaml import LIMIT, Problem, parse_yaml, validated
+from excise.named_file import read_named
+from excise.printable import printable
 
 _PROTOCOLS = Path(__file__).resolve().parent / "protocols"
 
@@ -235,17 +237,11 @@ def load_protocol(name_or_path: str | Path) -> ProtocolFile:
         path = _PROTOCOLS / f"{name_or_path}.yaml"
         return validated(ProtocolFile, parse_yaml(path.read_bytes(), f"protocol {name_or_path}"))
     path, shown = Path(name_or_path), printable(name_or_path)
-    if path.is_dir():
-        raise UsageError(f"{shown} is a folder: name a protocol file, or one of {', '.join(_names())}")
-    try:
-        with path.open("rb") as file:
-            content = file.read(LIMIT + 1)
-    except FileNotFoundError:
-        close = difflib.get_close_matches(str(name_or_path), _names(), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"name a protocol file, or one of {', '.join(_names())}"
-        raise UsageError(f"no protocol is named {shown}, and no such file exists: {hint}") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{shown} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    what = f"name a protocol file, or one of {', '.join(_names())}"
+    close = difflib.get_close_matches(str(name_or_path), _names(), n=1)
+    hint = f"did you mean {close[0]}?" if close else what
+    missing = f"no protocol is named {shown}, and no such file exists: {hint}"
+    content = read_named(path, LIMIT, folder=what, missing=missing)
     protocol = validated(ProtocolFile, parse_yaml(content, shown))
     protocol._folder = path.parent
     return protocol

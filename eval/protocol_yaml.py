@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from excise.errors import UsageError
-from excise.eval.prompt_text import printable, short
+from excise.eval.prompt_text import short
+from excise.printable import printable
 
 #: Bytes of a document; the bundled protocols take 2 KiB each.
 LIMIT: Final = 2**17

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from excise.eval.cases import Case
-from excise.eval.classifier import Classifier
+from excise.eval.classifier import check_logits, observations_of
 from excise.eval.feature_extractor import FeatureExtractor
 from excise.eval.image_detector import ImageDetector
 from excise.eval.observation_cache import Pictures, features, observations
@@ -19,6 +19,7 @@ from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.protocol_schema import Detector
 from excise.eval.rule_outcomes import TOP, Outcome, outcomes
+from excise.eval.zero_shot import label_features, label_logits
 
 if TYPE_CHECKING:
     from excise.eval.clip_encoder import ClipEncoder
@@ -58,16 +59,10 @@ class RunImages:
         return observations(self.folder, detector, self.pictures, self.digests, about=self.name, progress=self.progress)
 
     def recognised(self, encoder: ClipEncoder, labels: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-        """What a zero-shot CLIP takes every image for (Radford et al., 2021, §3.1.4).
-
-        A label's embedding is the mean of its prompts' unit embeddings, normalised again.
-        """
-        means = np.stack([encoder.text_features(texts).mean(0) for texts in labels.values()])
-        rows = means / np.linalg.norm(means, axis=1, keepdims=True)
-        logits = np.float32(encoder.logit_scale) * self.features(encoder) @ rows.T
-        return Classifier(
-            encoder.name, tuple(labels), encoder.fingerprint, lambda images: logits.astype(np.float32), top=TOP
-        ).observe(self.pictures)
+        """What a zero-shot CLIP takes every image for."""
+        logits = label_logits(encoder, self.features(encoder), label_features(encoder, labels))
+        check_logits(encoder.name, logits, len(labels))
+        return observations_of(logits, tuple(labels), TOP)
 
 
 @dataclass(frozen=True)

@@ -130,13 +130,12 @@ def _check_targets(options: EngineOptions, library: EngineLibrary, gpu: str | No
         if gpu is None:
             raise UsageError("tensorrt builds on the GPU that the engine is for, and none is found: take tensorrt-rtx")
         return
-    known = sorted(name for name in dir(library.module.ComputeCapability) if name.startswith("SM"))
+    known = library.targets()
     if unknown := [name for name in wanted if name not in known]:
         raise UsageError(f"compute_capabilities: {library.name} doesn't build for {unknown[0]}, but {', '.join(known)}")
     if len(set(wanted)) < len(wanted):
         raise UsageError(f"compute_capabilities: {', '.join(wanted)} names one twice")
-    # It builds for Hopper without a word, and then opens no such engine there. Newer GPUs than it knows it serves.
-    if gpu and not wanted and gpu not in known and int(gpu[2:]) < max(int(name[2:]) for name in known):
+    if gpu and not wanted and not library.runs_on(gpu):
         raise UsageError(
             f"this machine's GPU is {gpu}, which {library.name} doesn't run on: name the engine's GPUs in "
             f"compute_capabilities ({', '.join(known)}), or take tensorrt"

@@ -60,6 +60,20 @@ class EngineLibrary:
         self._heard.warnings.clear()
         yield self._heard
 
+    def targets(self) -> tuple[str, ...]:
+        """The compute capabilities that ``tensorrt_rtx`` can be told to build for; none of ``tensorrt``."""
+        known = dir(getattr(self.module, "ComputeCapability", None))
+        return tuple(sorted(name for name in known if name.startswith("SM")))
+
+    def runs_on(self, gpu: str) -> bool:
+        """Whether engines can run on a GPU, such as ``SM89``.
+
+        ``tensorrt_rtx`` builds for Hopper without a word, and then opens no such engine there. Newer GPUs than it knows
+        it serves.
+        """
+        known = self.targets()
+        return not known or gpu in known or int(gpu[2:]) > max(int(name[2:]) for name in known)
+
     def failure(self, what: str, heard: Heard) -> ExciseError:
         """An error that says what failed and the library's last word on it.
 

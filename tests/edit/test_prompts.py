@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from excise.edit.prompts import LIMIT, PHRASES, expand, paired, printable, read_prompts, short, words
+from excise.edit.prompts import LIMIT, PHRASES, expand, paired, read_prompts, short, words
 from excise.errors import UsageError
+from excise.printable import printable
 
 #: Texts that survive a file of lines.
 PROMPT = st.text(st.characters(codec="utf-8", exclude_characters="\0\n\r"), max_size=30)

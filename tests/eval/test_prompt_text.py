@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from excise.eval.prompt_text import printable, short
+from excise.eval.prompt_text import short
+from excise.printable import printable
 
 
 @pytest.mark.parametrize(
