@@ -10,7 +10,11 @@
     ├── ArtefactError               an exported folder that is incomplete, altered or of an unknown format
     ├── NumericsError               a closed form that has no finite answer for these inputs
     ├── OutputError                 a place that can't be written, or holds something already
-    └── MissingExtra                a library of an optional extra isn't installed
+    ├── MissingExtra                a library of an optional extra isn't installed
+    └── NotServed                   a request that a server didn't carry out, and not for what it asks
+        ├── QueueFull               as many requests are waiting as may
+        ├── DeadlineExceeded        the image wasn't ready in time
+        └── Draining                the server is shutting down
 
 A message names the value that is wrong and says what to do about it, on one line.
 """
@@ -64,3 +68,23 @@ class MissingExtra(ExciseError):
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} isn't installed: pip install 'excise[{extra}]'")
         self.library, self.extra = library, extra
+
+
+class NotServed(ExciseError):
+    """A request that a server didn't carry out, and not for what it asks."""
+
+
+class QueueFull(NotServed):
+    """As many requests are waiting as may: ask again after ``retry_after`` seconds."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after:.0f} s")
+        self.waiting, self.retry_after = waiting, retry_after
+
+
+class DeadlineExceeded(NotServed):
+    """The image wasn't ready in time."""
+
+
+class Draining(NotServed):
+    """The server is shutting down and takes no more requests."""

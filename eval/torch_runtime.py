@@ -18,8 +18,10 @@ import numpy.typing as npt
 import torch
 
 from excise.errors import PromptTooLong, UsageError
-from excise.serve.denoising import OnStep
+from excise.serve.denoising import Denoising, OnStep, check_requests
+from excise.serve.guidance import CLASSIFIER_FREE, Guidance
 from excise.serve.runtime import Progress, Request, initial_latents
+from excise.serve.schedulers import scheduler_from_config
 
 
 class TorchRuntime:
@@ -30,12 +32,14 @@ class TorchRuntime:
             device and in the precision to run with. Its progress bars are switched off.
         name: as in reports.
         batch_size: images denoised together (twice as many samples with guidance).
+        guidance: how a prompt, its negative prompt and a concept to stay away from guide the denoising. Another than
+            the pipeline's own is computed by ``Denoising``, the loop of the runtimes without PyTorch.
     """
 
-    def __init__(self, pipeline: Any, *, name: str, batch_size: int = 32) -> None:
+    def __init__(self, pipeline: Any, *, name: str, batch_size: int = 32, guidance: Guidance = CLASSIFIER_FREE) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, not {batch_size}")
-        self.name, self.pipeline, self.batch_size = name, pipeline, batch_size
+        self.name, self.pipeline, self.batch_size, self.guidance = name, pipeline, batch_size, guidance
         pipeline.set_progress_bar_config(disable=True)
         sample_size = pipeline.unet.config.sample_size
         height, width = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
@@ -51,16 +55,23 @@ class TorchRuntime:
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         progress: Progress | None = None,
+        prompt_embeds: npt.NDArray[np.float32] | None = None,
     ) -> npt.NDArray[np.uint8]:
         """Images as uint8 with shape (n, height, width, 3), in the order of the requests.
 
-        ``progress`` counts the steps of all batches together.
+        ``progress`` counts the steps of all batches together. ``prompt_embeds``, with shape (n, tokens, d), take the
+        place of what the text encoder gives for the prompts.
 
         Raises:
             PromptTooLong: a prompt or negative prompt has more tokens than the text encoder reads.
+            UsageError: ``prompt_embeds`` of another shape.
         """
         latents = self.denoise(
-            requests, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, progress=progress
+            requests,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            progress=progress,
+            prompt_embeds=prompt_embeds,
         )
         images = [self._decode(latents[start : start + self.batch_size]) for start in self._starts(requests)]
         return np.concatenate([np.zeros((0, *self.image_size, 3), np.uint8), *images])
@@ -73,6 +84,7 @@ class TorchRuntime:
         guidance_scale: float = 7.5,
         progress: Progress | None = None,
         on_step: OnStep | None = None,
+        prompt_embeds: npt.NDArray[np.float32] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Final latents, before the VAE, as float32 with shape (n, channels, height, width).
 
@@ -80,36 +92,90 @@ class TorchRuntime:
 
         Raises:
             PromptTooLong: a prompt or negative prompt has more tokens than the text encoder reads.
+            UsageError: ``prompt_embeds`` of another shape.
         """
         for request in requests:
             self._check_length(request.prompt)
             self._check_length(request.negative_prompt)
+        self._check_embeds(prompt_embeds, len(requests))
         starts = self._starts(requests)
         latents = [np.zeros((0, *self.latent_shape), np.float32)]
         for number, start in enumerate(starts):
-            batch = requests[start : start + self.batch_size]
+            chosen = slice(start, start + self.batch_size)
 
-            def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            def report(done: int, total: int, before: int = number) -> None:
                 if progress is not None:
-                    steps: int = pipeline.num_timesteps
-                    progress(number * steps + step + 1, len(starts) * steps)  # noqa: B023 - called within this round
-                if on_step is not None:
-                    on_step(_numpy(tensors["latents"]))
-                return tensors
+                    progress(before * total + done, len(starts) * total)
 
-            output = self.pipeline(
-                prompt=[request.prompt for request in batch],
-                negative_prompt=[request.negative_prompt for request in batch],
-                height=self.image_size[0],
-                width=self.image_size[1],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                latents=torch.from_numpy(initial_latents(batch, self.latent_shape)).to(self.pipeline.unet.dtype),
-                output_type="latent",
-                callback_on_step_end=step_done,
-            )
-            latents.append(_numpy(output.images))
+            batch = self._denoise if self.guidance is CLASSIFIER_FREE else self._denoise_guided
+            embeds = None if prompt_embeds is None else prompt_embeds[chosen]
+            latents.append(batch(requests[chosen], num_inference_steps, guidance_scale, report, on_step, embeds))
         return np.concatenate(latents)
+
+    def _denoise(
+        self,
+        batch: Sequence[Request],
+        num_inference_steps: int,
+        guidance_scale: float,
+        progress: Progress,
+        on_step: OnStep | None,
+        prompt_embeds: npt.NDArray[np.float32] | None,
+    ) -> npt.NDArray[np.float32]:
+        """One batch by the pipeline itself."""
+
+        def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress(step + 1, pipeline.num_timesteps)
+            if on_step is not None:
+                on_step(_numpy(tensors["latents"]))
+            return tensors
+
+        text: dict[str, Any] = {"prompt": [request.prompt for request in batch]}
+        if prompt_embeds is not None:
+            unet = self.pipeline.unet
+            text = {"prompt_embeds": torch.from_numpy(prompt_embeds).to(unet.device, unet.dtype)}
+        output = self.pipeline(
+            **text,
+            negative_prompt=[request.negative_prompt for request in batch],
+            height=self.image_size[0],
+            width=self.image_size[1],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            latents=torch.from_numpy(initial_latents(batch, self.latent_shape)).to(self.pipeline.unet.dtype),
+            output_type="latent",
+            callback_on_step_end=step_done,
+        )
+        return _numpy(output.images)
+
+    def _denoise_guided(
+        self,
+        batch: Sequence[Request],
+        num_inference_steps: int,
+        guidance_scale: float,
+        progress: Progress,
+        on_step: OnStep | None,
+        prompt_embeds: npt.NDArray[np.float32] | None,
+    ) -> npt.NDArray[np.float32]:
+        """One batch by excise's own loop, with this runtime's guidance."""
+        check_requests(batch, guidance_scale)
+        scheduler = self.pipeline.scheduler
+        denoising = Denoising(
+            lambda sample, timestep, states, edit_index=None: self.predict(sample, timestep, states),
+            scheduler_from_config({**scheduler.config, "_class_name": type(scheduler).__name__}),
+            initial_latents(batch, self.latent_shape),
+            self.encode([request.prompt for request in batch]) if prompt_embeds is None else prompt_embeds,
+            self.encode([request.negative_prompt for request in batch]),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance=self.guidance,
+            guidance_embeds=list(self.encode(self.guidance.texts)),
+        )
+        return denoising.run(progress, on_step)
+
+    def _check_embeds(self, prompt_embeds: npt.NDArray[np.float32] | None, requests: int) -> None:
+        config = self.pipeline.text_encoder.config
+        wanted = (requests, self.pipeline.tokenizer.model_max_length, config.hidden_size)
+        if prompt_embeds is not None and prompt_embeds.shape != wanted:
+            raise UsageError(f"prompt_embeds has shape {prompt_embeds.shape}: give {wanted}")
 
     def _starts(self, requests: Sequence[Request]) -> range:
         return range(0, len(requests), self.batch_size)

@@ -17,10 +17,12 @@ from excise.editfile import Edit, load_edit
 from excise.errors import ModelError, UsageError
 from excise.eval.onnx_precision import read_formats
 from excise.serve.denoising import OnStep
+from excise.serve.guidance import CLASSIFIER_FREE, Guidance
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import PROVIDERS, providers, read_config
 from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime
 from excise.serve.runtime import Progress, Request, Runtime
+from excise.serve.safe_latent_diffusion import UNSAFE_CONCEPT, SafeLatentDiffusion
 from excise.serve.schedulers import read_scheduler_config
 
 #: How coarsely a side computes: ``half`` is 11 significant bits (float16, and TF32 on a GPU), ``bfloat16`` has 8.
@@ -33,7 +35,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
 LoadPipeline = Callable[[Path, Edit | None], Any]
 
 #: What can follow the ``?``, by kind, with its default.
-SIDE_OPTIONS = {"torch": {"device": "cpu", "dtype": "float32", "edit": ""}, "onnx": {"provider": "cpu", "edit": ""}}
+_BOTH = {"edit": "", "sld": "", "sld_concept": ""}
+SIDE_OPTIONS = {"torch": {"device": "cpu", "dtype": "float32", **_BOTH}, "onnx": {"provider": "cpu", **_BOTH}}
 _DTYPES: dict[str, Rounding] = {"float32": "float32", "float16": "half", "bfloat16": "bfloat16"}
 _TORCH_COMPONENTS = ("text_encoder", "unet", "vae")
 _ON_GPU = "on a GPU, where TF32 may be used"
@@ -71,7 +74,8 @@ class SideSpec:
     """``torch:DIR?device=cpu&dtype=float32`` or ``onnx:DIR?provider=cpu``, parsed.
 
     Either takes ``edit=FILE`` too: an edit that is applied in memory, to an unedited folder of torch or in place of the
-    edit of an ONNX folder.
+    edit of an ONNX folder. ``sld=medium`` guides by Safe Latent Diffusion at that strength, away from ``sld_concept``
+    or what was published as unsafe.
     """
 
     kind: Literal["torch", "onnx"]
@@ -81,6 +85,20 @@ class SideSpec:
     def __str__(self) -> str:
         given = "&".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.kind}:{self.folder}" + (f"?{given}" if given else "")
+
+    @property
+    def guidance(self) -> Guidance:
+        """Safe Latent Diffusion where it is asked for, else classifier-free guidance.
+
+        Raises:
+            UsageError: a strength that SLD hasn't, or a concept without a strength.
+        """
+        strength, concept = self.options.get("sld"), self.options.get("sld_concept")
+        if strength is None:
+            if concept is not None:
+                raise UsageError(f"{self}: sld_concept={concept!r} needs sld=weak, medium, strong or max")
+            return CLASSIFIER_FREE
+        return SafeLatentDiffusion(strength, UNSAFE_CONCEPT if concept is None else concept)
 
 
 class Description(BaseModel):
@@ -132,7 +150,9 @@ def parse_side(text: str) -> SideSpec:
         choices = {"provider": tuple(PROVIDERS), "dtype": tuple(_DTYPES)}.get(name)
         if choices and value not in choices:
             raise UsageError(f"{text}: {name}={value!r} isn't one of {', '.join(choices)}")
-    return SideSpec("onnx" if kind == "onnx" else "torch", folder, options)
+    spec = SideSpec("onnx" if kind == "onnx" else "torch", folder, options)
+    _ = spec.guidance
+    return spec
 
 
 def _recognised(folder: Path) -> str:
@@ -189,7 +209,13 @@ def open_side(
     if spec.kind == "onnx":
         provider: Any = options["provider"]
         runtime = OnnxRuntime(
-            spec.folder, name=name or str(spec), provider=provider, batch_size=batch_size, threads=threads, edit=edit
+            spec.folder,
+            name=name or str(spec),
+            provider=provider,
+            batch_size=batch_size,
+            threads=threads,
+            edit=edit,
+            guidance=spec.guidance,
         )
         if runtime.bank is not None:
             raise UsageError(f"{spec.folder} holds a bank of edits: name a folder that carries one edit")
@@ -199,7 +225,7 @@ def open_side(
 
         pipeline = load_pipeline(spec.folder, edit)
         _move(pipeline, spec, options["device"], options["dtype"])
-        runtime = TorchRuntime(pipeline, name=name or str(spec), batch_size=batch_size)
+        runtime = TorchRuntime(pipeline, name=name or str(spec), batch_size=batch_size, guidance=spec.guidance)
         carried = edit.id if edit else None
     described, rounding = precision(spec)
     description = Description(side=str(spec), edit=carried, precision=described, rounding=rounding)

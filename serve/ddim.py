@@ -83,3 +83,6 @@ class DDIMSampler:
         if scheduler.clip is not None:
             clean = np.clip(clean, -scheduler.clip, scheduler.clip)
         return np.asarray(alpha_previous**0.5 * clean + (1 - alpha_previous) ** 0.5 * epsilon, np.float32)
+
+    def keep(self, places: npt.NDArray[np.int64]) -> None:
+        """Go on with the samples at these places of the batch: nothing is remembered of the others."""

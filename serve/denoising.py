@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from excise.errors import ArtefactError, UsageError
+from excise.serve.guidance import CLASSIFIER_FREE, Guidance
 from excise.serve.noise_schedule import Array
 from excise.serve.runtime import Progress, Request
 from excise.serve.schedulers import Scheduler
 
-#: The UNet: latents (b, c, h, w), one timestep, text embeddings (b, t, d) → its output (b, c, h, w).
-Denoiser = Callable[[Array, float, Array], Array]
+
+class Denoiser(Protocol):
+    """The UNet: latents (b, c, h, w), one timestep, text embeddings (b, t, d) → its output (b, c, h, w).
+
+    Of a bank of edits it is told the index of each image's: ``edit_index`` with shape (n), where b is a multiple of n.
+    """
+
+    def __call__(
+        self,
+        sample: Array,
+        timestep: float,
+        encoder_hidden_states: Array,
+        edit_index: npt.NDArray[np.int64] | None = None,
+    ) -> Array: ...
+
 
 #: Called after each denoising step with the latents of the batch, float32 with shape (b, c, h, w).
 OnStep = Callable[[Array], object]
@@ -23,54 +38,99 @@ OnStep = Callable[[Array], object]
 LARGEST_KEY = 2**63 - 1
 
 
-def check_requests(requests: Sequence[Request], guidance_scale: float) -> None:
-    """Raises ``UsageError`` for a negative or too large seed or index, or a guidance scale that isn't finite."""
-    if not math.isfinite(guidance_scale):
-        raise UsageError(f"guidance_scale={guidance_scale}: give a finite number")
+def check_requests(requests: Sequence[Request], guidance_scale: float | Sequence[float]) -> None:
+    """Raises ``UsageError`` for a negative or too large seed or index, or a guidance scale that isn't finite.
+
+    ``guidance_scale`` is one for all, or one for each request.
+    """
+    scales = [guidance_scale] if isinstance(guidance_scale, float | int) else list(guidance_scale)
+    if len(scales) not in (1, len(requests)):
+        raise UsageError(f"{len(scales)} guidance scales for {len(requests)} requests: give one, or one for each")
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise UsageError(f"guidance_scale={scale}: give a finite number")
     for request in requests:
         for name, value in (("seed", request.seed), ("index", request.index)):
             if not isinstance(value, int | np.integer) or not 0 <= value <= LARGEST_KEY:
                 raise UsageError(f"{name}={value}: give an integer from 0 to {LARGEST_KEY}")
 
 
-def denoise(
-    denoiser: Denoiser,
-    scheduler: Scheduler,
-    noise: Array,
-    prompt_embeds: Array,
-    negative_prompt_embeds: Array,
-    *,
-    num_inference_steps: int,
-    guidance_scale: float,
-    progress: Progress | None = None,
-    on_step: OnStep | None = None,
-) -> Array:
-    """The final latents, float32 with shape (n, c, h, w).
+class Denoising:
+    """A batch on its way from noise to an image, one step at a time; images can leave it early.
 
-    ``noise`` is standard normal with shape (n, c, h, w), both embeddings have shape (n, t, d). Classifier-free
-    guidance (Ho & Salimans 2022), ε = ε(∅) + w (ε(c) − ε(∅)), calls the denoiser once per step with a batch of 2n, the
-    negative prompts first; w ≤ 1 switches it off, as in diffusers, and the batch is n.
+    Args:
+        denoiser: the UNet.
+        scheduler: how many steps there are, and where they lead.
+        noise: standard normal with shape (n, c, h, w).
+        prompt_embeds: with shape (n, t, d).
+        negative_prompt_embeds: with shape (n, t, d).
+        num_inference_steps: of the whole batch.
+        guidance_scale: one for all, or one for each image.
+        guidance: how the UNet's outputs for several texts become one.
+        guidance_embeds: of the texts that the guidance adds, one (t, d) each.
+        edit_index: which of a bank's edits each image gets, with shape (n); None without a bank.
 
-    Raises ``UsageError`` for a number of steps that the schedule hasn't.
+    Raises:
+        UsageError: the schedule hasn't that number of steps, or the guidance can't work at that scale.
     """
-    sampler = scheduler.start(num_inference_steps)
-    guided = guidance_scale > 1
-    embeds = np.concatenate([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
-    scale = np.float32(guidance_scale)
-    latents = np.asarray(noise * np.float32(sampler.init_noise_sigma), np.float32)
-    total = len(sampler.timesteps)
-    for index, timestep in enumerate(sampler.timesteps):
-        seen = sampler.scale_model_input(latents, index)
-        output = denoiser(np.concatenate([seen, seen]) if guided else seen, float(timestep), embeds)
-        if guided:
-            unconditional, conditional = np.split(output, 2)
-            output = unconditional + scale * (conditional - unconditional)
-        latents = sampler.step(output, index, latents)
-        if on_step is not None:
-            on_step(latents)
-        if progress is not None:
-            progress(index + 1, total)
-    return latents
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scheduler: Scheduler,
+        noise: Array,
+        prompt_embeds: Array,
+        negative_prompt_embeds: Array,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float | Sequence[float],
+        guidance: Guidance = CLASSIFIER_FREE,
+        guidance_embeds: Sequence[Array] = (),
+        edit_index: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self._denoiser, self._sampler = denoiser, scheduler.start(num_inference_steps)
+        scales = np.broadcast_to(np.asarray(guidance_scale, np.float32), len(noise))
+        self._guide = guidance.start(scales)
+        extra = [np.broadcast_to(one, prompt_embeds.shape) for one in guidance_embeds]
+        #: one entry for each text that every image is denoised with, (n, t, d) each
+        self._texts = [negative_prompt_embeds, prompt_embeds, *extra] if self._guide.guided else [prompt_embeds]
+        self._embeds = np.concatenate(self._texts)
+        self._edit_index = edit_index
+        #: The places, among the images that it began with, of those that it still holds.
+        self.rows: npt.NDArray[np.int64] = np.arange(len(noise))
+        self.latents = np.asarray(noise * np.float32(self._sampler.init_noise_sigma), np.float32)
+        self.done, self.total = 0, len(self._sampler.timesteps)
+
+    def step(self) -> Array:
+        """The next latents, float32 with shape (n, c, h, w); not to be called after the last step."""
+        seen = self._sampler.scale_model_input(self.latents, self.done)
+        sample = np.concatenate([seen] * len(self._texts)) if len(self._texts) > 1 else seen
+        output = self._denoiser(sample, float(self._sampler.timesteps[self.done]), self._embeds, self._edit_index)
+        combined = self._guide.combine(np.split(output, len(self._texts)), self.done)
+        self.latents = self._sampler.step(combined, self.done, self.latents)
+        self.done += 1
+        return self.latents
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these of the images only, given by their places among those that are held, in ascending order."""
+        chosen = np.asarray(places, np.int64)
+        self.rows, self.latents = self.rows[chosen], self.latents[chosen]
+        self._texts = [text[chosen] for text in self._texts]
+        self._embeds = np.concatenate(self._texts)
+        if self._edit_index is not None:
+            self._edit_index = self._edit_index[chosen]
+        self._guide.keep(chosen)
+        self._sampler.keep(chosen)
+
+    def run(self, progress: Progress | None = None, on_step: OnStep | None = None) -> Array:
+        """All steps that are left; the final latents."""
+        while self.done < self.total:
+            latents = self.step()
+            if on_step is not None:
+                on_step(latents)
+            if progress is not None:
+                progress(self.done, self.total)
+        return self.latents
 
 
 def to_uint8(images: Array) -> npt.NDArray[np.uint8]:

@@ -89,3 +89,6 @@ class EulerSampler:
         else:
             derivative = (sample - model_output) / sigma
         return np.asarray(sample + derivative * (following - sigma), np.float32)
+
+    def keep(self, places: npt.NDArray[np.int64]) -> None:
+        """Go on with the samples at these places of the batch: nothing is remembered of the others."""

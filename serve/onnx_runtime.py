@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from excise.errors import ArtefactError, ModelError, UsageError
 from excise.manifest import NAME, hash_file, verify
 from excise.onnx_metadata import EDIT_INDEX, read_edit_id
 from excise.serve.bank import edit_indices, read_bank
-from excise.serve.denoising import OnStep, check_requests, denoise, to_uint8
+from excise.serve.denoising import Denoising, OnStep, check_requests, to_uint8
+from excise.serve.guidance import CLASSIFIER_FREE, Guidance
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import OnnxComponent, Provider, providers, read_config
 from excise.serve.provider_options import provider_options
@@ -39,6 +39,7 @@ class OnnxRuntime:
     the extra ``gpu``), ``threads`` how many CPU threads one operator takes (all of them by default), and
     ``batch_size`` how many images are denoised at a time: with guidance the UNet's batch is twice that. ``edit``
     takes the place of the edit that the folder carries, in memory alone; ``edit_id`` is the id of the one in effect.
+    ``guidance`` is how a prompt, its negative prompt and a concept to stay away from guide the denoising.
 
     ``device`` is the GPU's number, and ``tf32`` lets CUDA round float32 factors to 11 bits, which is faster.
     ``engine_cache`` is where the TensorRT provider keeps the engines that it builds, one folder for each manifest and
@@ -63,6 +64,7 @@ class OnnxRuntime:
         device: int = 0,
         tf32: bool = False,
         engine_cache: Path | None = None,
+        guidance: Guidance = CLASSIFIER_FREE,
     ) -> None:
         folder = Path(folder)
         for option, value in (("batch_size", batch_size), ("threads", threads)):
@@ -74,7 +76,7 @@ class OnnxRuntime:
         for file in ("tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"):
             if not (folder / file).is_file():
                 raise ArtefactError(f"{folder} has no {file}: export the model to ONNX again")
-        self.name, self.folder, self.batch_size = name, folder, batch_size
+        self.name, self.folder, self.batch_size, self.guidance = name, folder, batch_size, guidance
         self.scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
 
         self.bank = read_bank(folder / "unet" / "model.onnx")
@@ -128,18 +130,22 @@ class OnnxRuntime:
         requests: Sequence[Request],
         *,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | Sequence[float] = 7.5,
         progress: Progress | None = None,
+        prompt_embeds: Array | None = None,
     ) -> npt.NDArray[np.uint8]:
         """Images as uint8 with shape (n, height, width, 3), in the order of the requests.
 
-        An image depends on its own request alone, up to rounding, whatever the others are. ``progress`` counts the
-        UNet's calls over all batches (PNDM makes one more than ``num_inference_steps``). Raises ``UsageError`` for a
-        number of steps, a guidance scale or a seed that can't be used, ``PromptTooLong`` before anything is computed,
-        and ``ArtefactError`` if the models return something that isn't an image.
+        An image depends on its own request alone, up to rounding, whatever the others are. ``guidance_scale`` is one
+        for all or one for each. ``progress`` counts the UNet's calls over all batches (PNDM makes one more than
+        ``num_inference_steps``). ``prompt_embeds``, float32 with shape (n, tokens, d), take the place of what the text
+        encoder gives for the prompts. Raises ``UsageError`` for a number of steps, a guidance scale, a seed or
+        embeddings that can't be used, ``PromptTooLong`` before anything is computed, and ``ArtefactError`` if the
+        models return something that isn't an image.
         """
         images = [
-            self.decode(latents) for latents in self._denoised(requests, num_inference_steps, guidance_scale, progress)
+            self.decode(latents)
+            for latents in self._denoised(requests, num_inference_steps, guidance_scale, progress, None, prompt_embeds)
         ]
         return np.concatenate([np.empty((0, *self.image_shape), np.uint8), *images])
 
@@ -148,16 +154,67 @@ class OnnxRuntime:
         requests: Sequence[Request],
         *,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | Sequence[float] = 7.5,
         progress: Progress | None = None,
         on_step: OnStep | None = None,
+        prompt_embeds: Array | None = None,
     ) -> Array:
         """The final latents that ``generate`` decodes, float32 with shape (n, channels, height, width).
 
         ``on_step`` is given each batch's latents after each of its steps. Raises as ``generate`` does.
         """
-        latents = self._denoised(requests, num_inference_steps, guidance_scale, progress, on_step)
+        latents = self._denoised(requests, num_inference_steps, guidance_scale, progress, on_step, prompt_embeds)
         return np.concatenate([np.empty((0, *self.latent_shape), np.float32), *latents])
+
+    def start(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float | Sequence[float],
+        prompt_embeds: Array | None = None,
+    ) -> Denoising:
+        """One batch of all requests, at least one, before its first step: ``decode`` makes images of its latents.
+
+        Raises as ``generate`` does.
+        """
+        check_requests(requests, guidance_scale)
+        return self._begin(requests, num_inference_steps, guidance_scale, *self._texts(requests, prompt_embeds))
+
+    def _texts(self, requests: Sequence[Request], prompt_embeds: Array | None) -> tuple[Array, Array, Array]:
+        """Embeddings of the guidance's own texts, the negative prompts and the prompts, (n, tokens, d) each."""
+        texts = [*self.guidance.texts, *(request.negative_prompt for request in requests)]
+        if prompt_embeds is None:
+            texts += [request.prompt for request in requests]
+        embeds = self.encode(texts)
+        added, negative, prompts = np.split(embeds, np.cumsum([len(self.guidance.texts), len(requests)]))
+        if prompt_embeds is not None:
+            if prompt_embeds.shape != negative.shape:
+                raise UsageError(f"prompt_embeds has shape {prompt_embeds.shape}: give {negative.shape}")
+            prompts = np.asarray(prompt_embeds, np.float32)
+        return added, negative, prompts
+
+    def _begin(
+        self,
+        requests: Sequence[Request],
+        steps: int,
+        guidance_scale: float | Sequence[float],
+        added: Array,
+        negative_prompt_embeds: Array,
+        prompt_embeds: Array,
+    ) -> Denoising:
+        return Denoising(
+            self.predict,
+            self.scheduler,
+            initial_latents(requests, self.latent_shape),
+            prompt_embeds,
+            negative_prompt_embeds,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            guidance=self.guidance,
+            guidance_embeds=list(added),
+            edit_index=self._edit_indices(requests),
+        )
 
     def encode(self, prompts: Sequence[str]) -> Array:
         """Text embeddings, float32 with shape (n, tokens, d): each distinct prompt is computed once.
@@ -195,19 +252,19 @@ class OnnxRuntime:
         self,
         requests: Sequence[Request],
         steps: int,
-        guidance_scale: float,
+        guidance_scale: float | Sequence[float],
         progress: Progress | None,
         on_step: OnStep | None = None,
+        prompt_embeds: Array | None = None,
     ) -> Iterator[Array]:
         """The final latents, batch by batch."""
         check_requests(requests, guidance_scale)
-        edits = self._edit_indices(requests)
+        self._edit_indices(requests)
         calls = len(self.scheduler.start(steps).timesteps)
         if not requests:
             return
-        prompts = [request.prompt for request in requests]
-        embeds = self.encode(prompts + [request.negative_prompt for request in requests])
-        prompt_embeds, negative_embeds = embeds[: len(prompts)], embeds[len(prompts) :]
+        added, negative, prompts = self._texts(requests, prompt_embeds)
+        scales = np.broadcast_to(np.asarray(guidance_scale, np.float64), len(requests)).tolist()
         starts = range(0, len(requests), self.batch_size)
         for batch, start in enumerate(starts):
             chosen = slice(start, start + self.batch_size)
@@ -216,17 +273,8 @@ class OnnxRuntime:
                 if progress is not None:
                     progress(before + done, total * len(starts))
 
-            yield denoise(
-                partial(self.predict, edit_index=None if edits is None else edits[chosen]),
-                self.scheduler,
-                initial_latents(requests[chosen], self.latent_shape),
-                prompt_embeds[chosen],
-                negative_embeds[chosen],
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                progress=report,
-                on_step=on_step,
-            )
+            denoising = self._begin(requests[chosen], steps, scales[chosen], added, negative[chosen], prompts[chosen])
+            yield denoising.run(report, on_step)
 
     def _edit_indices(self, requests: Sequence[Request]) -> npt.NDArray[np.int64] | None:
         """Indices of the requests' edits, shape (n); None without a bank."""

@@ -84,6 +84,11 @@ class PNDMSampler:
             combined = self.adams_bashforth()
         return self.transfer(combined, timestep, previous, sample)
 
+    def keep(self, places: npt.NDArray[np.int64]) -> None:
+        """Go on with the samples at these places of the batch: what is remembered of the others is dropped."""
+        self.history = deque((output[places] for output in self.history), maxlen=4)
+        self.first_sample = None if self.first_sample is None else self.first_sample[places]
+
     def adams_bashforth(self) -> Array:
         """The noise predictions so far, combined by the highest order that their number allows (eq. 12)."""
         e = self.history

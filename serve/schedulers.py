@@ -38,6 +38,10 @@ class Sampler(Protocol):
         """The next latents, float32 with shape (n, c, h, w)."""
         ...
 
+    def keep(self, places: npt.NDArray[np.int64]) -> None:
+        """Go on with the samples at these places of the batch, in their order."""
+        ...
+
 
 class Scheduler(Protocol):
     """A noise schedule with its sampling method: immutable, safe to share between threads."""
