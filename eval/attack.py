@@ -7,7 +7,7 @@ text can be replayed against any runtime.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,9 @@ class Found(BaseModel):
     """What an attack found for one case: one line of its JSONL file.
 
     ``losses`` is the trace of what was minimised, at most some hundred values; ``stopped`` says why the search ended.
-    ``embedding`` is the row of the embeddings' file beside it, for attacks that make no text.
+    ``embedding`` is the row of the embeddings' file beside it, for attacks that make no text. A case whose own prompt
+    shows the concept on the attacked model isn't attacked: its line has ``stopped`` ``pre``, and belongs to all
+    attacks. ``no room``: its prompt left none for the tokens to be searched.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -60,7 +62,7 @@ class Found(BaseModel):
     seed: int  #: of the search, which isn't the image's
     losses: tuple[float, ...] = ()
     iterations: Annotated[int, Field(ge=0)] = 0
-    stopped: Literal["success", "budget", "converged", "closed form"]
+    stopped: Literal["success", "budget", "converged", "closed form", "pre", "no room"]
     judgement: Judgement | None = None  #: on the attacked model, where the attack looked
     embedding: int | None = None
 
@@ -78,6 +80,7 @@ class Attack(Protocol):
         ...
 
 
+@runtime_checkable
 class EmbeddingAttack(Protocol):
     """An attack that gives no text: the embedding goes to a runtime's UNet as it is."""
 
