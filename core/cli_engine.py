@@ -77,7 +77,8 @@ def engines(
 
     TensorRT-RTX needs no GPU to build; TensorRT builds on the GPU that it is for. Engines that can be refitted
     (refit: true among the options) need a GPU with either. ONNX_DIR is replaced in one step, when all engines are
-    there.
+    there. An engine that was built from the same files with the same options stays: after excise patch --out the
+    denoiser's alone is built.
 
     \b
     Examples:

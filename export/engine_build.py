@@ -81,13 +81,31 @@ def build_engine(
         outputs=_tensors(network.num_outputs, network.get_output),
         profiles=options.profiles,
         refittable={name: _refit_entry(place) for name, place in marked.items()},
-        settings=options.model_dump(include={"tf32", "optimization_level", "workspace_mib"}),
+        settings=_settings(options),
         engine=entry_of(plan),
     )
     with new_file(entry_path(out)) as described, new_file(out) as partial:
         described.write_text(entry.to_json(), encoding="utf-8")
         partial.write_bytes(plan)
     return entry
+
+
+def built_alike(
+    entry: EngineEntry, options: EngineOptions, library: EngineLibrary, marked: Mapping[str, WeightEntry]
+) -> bool:
+    """Whether a build with these options, from the same files, would be described by the same entry."""
+    return (
+        (entry.library, entry.version) == (library.name, library.version)
+        and entry.compute_capabilities == _targets(options, library)
+        and entry.profiles == options.profiles
+        and entry.refittable == {name: _refit_entry(place) for name, place in marked.items()}
+        and entry.settings == _settings(options)
+    )
+
+
+def _settings(options: EngineOptions) -> dict[str, bool | int | None]:
+    """The options that change what is computed or how fast."""
+    return options.model_dump(include={"tf32", "optimization_level", "workspace_mib"})
 
 
 def check_build(

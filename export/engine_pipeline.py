@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from excise.enginefile import ENGINE, EngineEntry, Range, TensorEntry, entry_path
+from excise.enginefile import ENGINE, EngineEntry, Range, TensorEntry, check_engine, entry_path, read_engine
 from excise.errors import ArtefactError, OutputError, UsageError
-from excise.export.engine_build import build_engine, check_build, onnx_inputs
+from excise.export.engine_build import build_engine, built_alike, check_build, onnx_inputs
 from excise.export.engine_library import EngineLibrary, load_library
 from excise.export.engine_options import EngineOptions, PipelineOptions, Profile
 from excise.export.onnx_graph import load_graph
@@ -55,14 +55,16 @@ def build_engines(
 ) -> dict[str, EngineEntry]:
     """Build an engine of each of ``components`` beside its ONNX file and write it into the manifest.
 
-    Everything that can be refused is, before the first build. The folder changes in one step, when all are there.
+    Everything that can be refused is, before the first build. The folder changes in one step, when all are there. An
+    engine that is there, was built with these options and from these files, stays: after ``excise patch --out``, which
+    leaves the denoiser's behind, that one alone is built.
 
     Args:
         folder: What ``excise export`` or ``excise patch`` wrote.
         library: ``tensorrt`` or ``tensorrt-rtx``, or one that is loaded.
         options: By default static image size, one to four images.
         out: A new folder, which shares unchanged files by hard links; by default ``folder`` itself is replaced.
-        rebuild: Leave engines that ``folder`` has behind, and build new ones.
+        rebuild: Leave all engines that ``folder`` has behind, and build new ones.
         progress: Told each step, one line at a time; each build has a bar on stderr.
 
     Returns:
@@ -71,24 +73,27 @@ def build_engines(
     Raises:
         ArtefactError: ``folder`` is incomplete or altered, or the library fails.
         UsageError: An option doesn't fit the model, the library or this machine.
-        OutputError: There are engines already and ``rebuild`` isn't given, or ``out`` can't be written.
+        OutputError: Without ``rebuild``, an engine is stale or was built with other options, or all are there; or
+            ``out`` can't be written.
         MissingExtra: The library or onnx isn't installed.
     """
     say = progress or (lambda message: None)
     loaded = load_library(library) if isinstance(library, str) else library
     manifest = read_manifest(folder)
     names = components(folder)
-    if there := [name for name in names if (folder / name / ENGINE).exists() and not rebuild]:
-        raise OutputError(f"{folder / there[0] / ENGINE} exists already: build it anew with --rebuild")
     say(f"checking {folder}")
     if problems := [line for line in verify(folder) if not line.endswith("is not in the manifest")]:
         raise ArtefactError(f"{folder}: {problems[0]}; export again")
     plans = _plans(folder, names, options or PipelineOptions(), loaded, manifest)
+    entries = {} if rebuild else _kept(folder, plans, loaded)
+    for name in entries:
+        say(f"{name}/{ENGINE} stays: it was built from these files with these options")
     place: AbstractContextManager[Path] = replaced_folder(folder) if out is None else new_folder(out)
     with place as partial:
         fill(folder, partial, link=True)
-        entries = {}
         for name, (engine_options, weights) in plans.items():
+            if name in entries:
+                continue
             engine = partial / name / ENGINE
             for old in (engine, entry_path(engine)):
                 old.unlink(missing_ok=True)
@@ -97,6 +102,34 @@ def build_engines(
             entries[name] = build_engine(onnx, engine, engine_options, loaded, weights=weights)
         (partial / NAME).unlink()  # a link to the old one
         record_engines(partial, manifest, loaded, entries)
+    return {name: entries[name] for name in plans}
+
+
+Plans = Mapping[str, tuple[EngineOptions, dict[str, WeightEntry]]]
+
+
+def _kept(folder: Path, plans: Plans, library: EngineLibrary) -> dict[str, EngineEntry]:
+    """The entries of engines that are there and needn't be built.
+
+    Raises:
+        OutputError: One is stale, damaged or built with other options, or all are there: only ``rebuild`` replaces any.
+    """
+    entries = {}
+    for name, (options, weights) in plans.items():
+        engine = folder / name / ENGINE
+        if not engine.exists():
+            continue
+        try:
+            problems = check_engine(engine)
+        except ArtefactError as error:
+            raise OutputError(f"{error}: build it anew with --rebuild") from error
+        if problems:
+            raise OutputError(f"{problems[0]}, with --rebuild")
+        entries[name] = read_engine(engine)
+        if not built_alike(entries[name], options, library, weights if options.refit else {}):
+            raise OutputError(f"{engine} exists already, built with other options: build it anew with --rebuild")
+    if len(entries) == len(plans):
+        raise OutputError(f"{folder} has an engine of each of its models already: build them anew with --rebuild")
     return entries
 
 

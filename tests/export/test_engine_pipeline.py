@@ -152,8 +152,14 @@ def test_a_new_folder_leaves_the_old_one_as_it_is(folder: Path, tensorrt: Engine
 def test_engines_that_are_there_stay_unless_asked(folder: Path, fake: FakeTensorRt, tensorrt: EngineLibrary) -> None:
     build_engines(folder, tensorrt)
     before = contents(folder)
-    with pytest.raises(OutputError, match=r"text_encoder/model.engine exists already: build it anew with --rebuild"):
+    with pytest.raises(OutputError, match=r"an engine of each of its models already: build them anew with --rebuild"):
         build_engines(folder, tensorrt)
+    with pytest.raises(OutputError, match=r"built with other options: build it anew with --rebuild"):
+        build_engines(folder, tensorrt, PipelineOptions(optimization_level=1))
+    newer = FakeTensorRt()
+    newer.__version__ = "10.1-fake"
+    with pytest.raises(OutputError, match=r"built with other options"):
+        build_engines(folder, EngineLibrary("tensorrt", newer))
     assert contents(folder) == before
     build_engines(folder, tensorrt, PipelineOptions(refit=True), rebuild=True)
     assert verify(folder) == []
@@ -184,7 +190,18 @@ def test_a_patch_makes_the_unets_engine_stale(
         "it was built from another edit.onnx_data",
         "it was built from another model.onnx",
     ]
-    build_engines(tmp_path / "onnx", tensorrt, rebuild=True)
+    with pytest.raises(OutputError, match=r"is stale: .*, with --rebuild"):
+        build_engines(tmp_path / "onnx", tensorrt)
+    for name in (ENGINE, f"{ENGINE}.json"):
+        (tmp_path / "onnx" / "unet" / name).unlink()
+    said: list[str] = []
+    build_engines(tmp_path / "onnx", tensorrt, progress=said.append)
+    assert [line for line in said if line.startswith("building")] == [
+        "building unet/model.engine with tensorrt 10.0-fake"
+    ]
+    kept = {name: (tmp_path / "old" / name / ENGINE).stat().st_ino for name in ("text_encoder", "vae_decoder")}
+    assert kept == {name: (tmp_path / "onnx" / name / ENGINE).stat().st_ino for name in kept}
+    assert verify(tmp_path / "onnx") == []
     assert check_engine(tmp_path / "onnx" / "unet" / ENGINE) == []
     assert read_engine(tmp_path / "onnx" / "unet" / ENGINE).edit == new_edit.id
 
