@@ -14,11 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from excise.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from excise.editfile import Edit
 
 NAME = "excise.json"
 FORMAT = 2
@@ -55,11 +58,19 @@ class EditEntry(_Model):
         id: SHA-256 of the edit file's content.
         summary: The edit on one line.
         sites: Names of the moved weights, relative to the UNet.
+        concepts: What is erased, in the edit's words; empty where nobody noted it.
     """
 
     id: str = Field(min_length=1)
     summary: str
     sites: tuple[str, ...]
+    concepts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, edit: Edit) -> EditEntry:
+        """The entry of an edit."""
+        concepts = tuple(dict.fromkeys(pair.erase for pair in edit.metadata.concepts))
+        return cls(id=edit.id, summary=edit.summary, sites=edit.sites, concepts=concepts)
 
 
 class BaseEntry(_Model):

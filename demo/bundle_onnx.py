@@ -85,7 +85,7 @@ def bundle(out: Path) -> None:
             shutil.copyfile(MODEL / stored, whole / component / WEIGHTS)
         (whole / NAME).unlink()
         shutil.rmtree(whole / "vae_encoder", ignore_errors=True)  # no text-to-image server reads it
-        rows = [None, *(EditEntry(id=edit.id, summary=edit.summary, sites=edit.sites) for edit in bank)]
+        rows = [None, *(EditEntry.of(edit) for edit in bank)]
         write_manifest(whole, kind=BANK_KIND, base=manifest.base, bank=rows, tools=manifest.tools)
         for component in STORED:
             (whole / component / WEIGHTS).unlink()

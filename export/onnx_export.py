@@ -125,7 +125,7 @@ def export_pipeline(
             folder,
             kind=KIND,
             base=base,
-            edit=None if edit is None else EditEntry(id=edit.id, summary=edit.summary, sites=edit.sites),
+            edit=None if edit is None else EditEntry.of(edit),
             weights=entries,
             base_weights=f"{family.component}/{BASE}",
             parity=figures,

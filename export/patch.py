@@ -93,7 +93,7 @@ def _write(folder: Path, manifest: Manifest, edit: Edit, force: bool) -> Manifes
         folder,
         kind=manifest.kind,
         base=manifest.base,
-        edit=EditEntry(id=edit.id, summary=edit.summary, sites=edit.sites),
+        edit=EditEntry.of(edit),
         weights=weights,
         base_weights=manifest.base_weights,
         tools=manifest.tools,

@@ -52,7 +52,7 @@ def bank_folder(
         description = add_bank(partial / file, changed, edits, with_base=with_base, progress=say)
         os.replace(changed, partial / file)
         rows = [None, *edits] if with_base else edits
-        bank = [EditEntry(id=e.id, summary=e.summary, sites=e.sites) if e else None for e in rows]
+        bank = [EditEntry.of(e) if e else None for e in rows]
         return _finish(partial, manifest, file, BANK_KIND, manifest.edit, say, bank), description
 
 
@@ -75,7 +75,7 @@ def fused_folder(folder: Path, out: Path, edit: Edit, *, link: bool = True, prog
         changed = partial / f"{file}.fused"
         fuse_behind_text_encoder(partial / file, changed, edit)
         os.replace(changed, partial / file)
-        entry = EditEntry(id=edit.id, summary=edit.summary, sites=edit.sites)
+        entry = EditEntry.of(edit)
         return _finish(partial, manifest, file, FUSED_KIND, entry, say)
 
 
