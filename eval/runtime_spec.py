@@ -1,6 +1,7 @@
 """The runtimes of an evaluation by name: ``NAME=KIND:PLACE?OPTIONS``.
 
     edited=torch:DIR?device=cuda&dtype=float16&edit=FILE    a diffusers folder; an edit is applied in memory
+    filtered=torch:DIR?filter=nudenet                       behind an output filter; or safety-checker:DIR
     served=onnx:DIR?provider=cuda                           an export in ONNX Runtime
     server=triton:http://HOST:8000/MODEL                    a model of a Triton server
     server=openai:http://HOST:8000?size=512x512             an endpoint with OpenAI's image API
@@ -47,12 +48,16 @@ _VALUES: Mapping[str, tuple[str, Callable[[str], bool]]] = {
     "timeout": ("a number of seconds", _seconds),
     "size": ("WIDTHxHEIGHT", lambda value: re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", value) is not None),
     "model": ("a name", bool),
+    "filter": (
+        "nudenet or safety-checker:DIR",
+        lambda value: re.fullmatch("nudenet|safety-checker:.+", value) is not None,
+    ),
     "key_env": ("the name of an environment variable", lambda value: re.fullmatch(r"[A-Za-z_]\w*", value) is not None),
 }
 _ENDPOINT = ("concurrency", "retries", "timeout", "key_env")
 _OPTIONS: Mapping[Kind, tuple[str, ...]] = {
-    "torch": ("batch_size", "threads"),
-    "onnx": ("batch_size", "threads"),
+    "torch": ("batch_size", "threads", "filter"),
+    "onnx": ("batch_size", "threads", "filter"),
     "tensorrt": (),
     "triton": ("batch_size", *_ENDPOINT),
     "openai": ("model", "size", *_ENDPOINT),

@@ -14,10 +14,12 @@ from excise.errors import UsageError
 from excise.eval.endpoint_openai import OpenAIRuntime
 from excise.eval.endpoint_triton import TritonRuntime, served_edit
 from excise.eval.evaluation import Provenance
+from excise.eval.output_filters import check_output_filter, open_output_filter
 from excise.eval.runtime_spec import RuntimeSpec, parse_runtime, parse_runtimes
 from excise.eval.verification_sides import LoadPipeline, check_side, open_side, precision
 from excise.manifest import NAME, hash_file, read_manifest, verify
 from excise.onnx_metadata import read_edit_id
+from excise.serve.filtered_runtime import FilteredRuntime
 from excise.serve.runtime import Progress, Request, Runtime
 
 __all__ = [
@@ -54,6 +56,7 @@ def check_runtime(spec: RuntimeSpec) -> None:
         _ = spec.endpoint
         return
     check_side(spec.side)
+    check_output_filter(spec.options.get("filter"))
     if edit := spec.options.get("edit"):
         load_edit(Path(edit))
 
@@ -89,7 +92,9 @@ def open_runtime(spec: RuntimeSpec, load_pipeline: LoadPipeline) -> Runtime:
     side = open_side(
         spec.side, load_pipeline, name=spec.name, batch_size=spec.number("batch_size", BATCH_SIZE), threads=threads
     )
-    return _TorchThreads(side.runtime, threads) if spec.kind == "torch" and threads else side.runtime
+    runtime: Runtime = _TorchThreads(side.runtime, threads) if spec.kind == "torch" and threads else side.runtime
+    filter_name = spec.options.get("filter")
+    return FilteredRuntime(runtime, open_output_filter(filter_name), name=spec.name) if filter_name else runtime
 
 
 class _TorchThreads:
