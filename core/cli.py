@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from excise import __version__
+from excise.cli_attack import attack
 from excise.cli_bank import bank, fuse
 from excise.cli_edit import apply, edit, import_checkpoint, stack, sweep
 from excise.cli_engine import engines
@@ -17,6 +18,7 @@ from excise.cli_eval import evaluate
 from excise.cli_export import export, patch
 from excise.cli_gate import gate
 from excise.cli_refit import refit
+from excise.cli_serve import serve
 from excise.cli_verify import verify
 from excise.console import json_option, needs, result, say
 from excise.errors import ExciseError
@@ -36,6 +38,8 @@ def cli() -> None:
       excise verify "SD_FOLDER?edit=nudity.safetensors" sd-onnx --base SD_FOLDER
       excise eval i2p-nudity --prompts i2p.csv --runtime served=onnx:sd-onnx --out evaluation
       excise gate evaluation --policy release.yaml
+      excise attack closed-form --model demo:model --edit e.safetensors --protocol demo-weapons --out attacked
+      excise serve run demo
       excise inspect sd-onnx
     """
 
@@ -113,7 +117,9 @@ for _command in (
     engines,
     verify,
     evaluate,
+    attack,
     gate,
+    serve,
 ):
     cli.add_command(_command)
 

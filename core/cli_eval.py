@@ -15,6 +15,9 @@ from excise.errors import UsageError
 if TYPE_CHECKING:
     from excise.eval.protocol_file import ProtocolFile
 
+#: Not a protocol, but all of the demo's with the erasers and attacks of the paper.
+DEMO_TABLE = "demo-table"
+
 #: Names that say a runtime's role by themselves.
 BASE, REFERENCE = ("base",), ("reference", "edited")
 
@@ -89,7 +92,28 @@ def evaluate(
       excise eval i2p-nudity --prompts i2p.csv --sample 500 --runtime served=triton:http://localhost:8000/excise
           --model clip-vit-base-patch32=clip-b32 --scheduler own --out run
       excise eval --compare run run-2
+      excise eval demo-table --out table      the paper's tables in miniature, on the bundled model: hours, resumable
+      excise eval demo-table --set rows=base,uce,rece --set attacks=closed-form --set attacked=6 --sample 40 --out few
     """
+    if DEMO_TABLE in protocols:
+        from excise.cli_demo_table import make_demo_table
+
+        refuse_others(
+            protocols,
+            runtimes=runtimes,
+            base=base,
+            reference=reference,
+            floor=floor,
+            prompts=prompts,
+            model=models,
+            limit=limit,
+            policy=policy,
+            compare=compare,
+        )
+        make_demo_table(
+            out, _parsed("--set", parameters), cases=sample, steps=steps, batch_size=batch_size, as_json=as_json
+        )
+        return
     with needs("eval"):
         from excise.eval.evaluate import Run
         from excise.eval.evaluate import evaluate as evaluated
@@ -165,6 +189,14 @@ def evaluate(
     result(document if decided is None else {**document, "gate": decided.document()}, text, as_json)
     if decided is not None and not decided.passed:
         sys.exit(1)
+
+
+def refuse_others(protocols: tuple[str, ...], **given: Any) -> None:
+    """Raise ``UsageError`` for what the demo's table decides itself."""
+    if len(protocols) > 1:
+        raise UsageError(f"{DEMO_TABLE} is a run of its own: leave {', '.join(set(protocols) - {DEMO_TABLE})} out")
+    if named := [name for name, value in given.items() if value]:
+        raise UsageError(f"--{named[0].removesuffix('s')}: {DEMO_TABLE} has its own; leave it out")
 
 
 def _named(names: list[str], roles: tuple[str, ...]) -> str | None:

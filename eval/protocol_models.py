@@ -51,6 +51,7 @@ class ProtocolModels:
     Args:
         places: model → its file or folder, as the user gave it.
         device: where PyTorch's networks run, and ``cuda`` NudeNet too.
+        option: what the command that gave the places calls them.
 
     Raises:
         UsageError: a place where nothing is.
@@ -58,12 +59,13 @@ class ProtocolModels:
 
     places: Mapping[str, Path]
     device: str = "cpu"
+    option: str = "--model"
     _opened: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, place in self.places.items():
             if not place.exists():
-                raise UsageError(f"--model {name}={place}: there is no such file or folder")
+                raise UsageError(f"{self.option} {name}={place}: there is no such file or folder")
 
     def needed(self, protocol: ProtocolFile) -> tuple[str, ...]:
         """The models that a protocol needs and no place is known of."""
@@ -83,13 +85,13 @@ class ProtocolModels:
                 raise UsageError(f"{protocol.name} has two metrics clip_score: one CLIP scores all of a run's images")
             for name in self.needed(protocol):
                 what = KNOWN.get(name, "its file or folder")
-                raise UsageError(f"{protocol.name} needs the model {name}: give --model {name}=PATH ({what})")
+                raise UsageError(f"{protocol.name} needs the model {name}: give {self.option} {name}=PATH ({what})")
         used = {*KNOWN, *(name for protocol in protocols for name in _models(protocol))} - {DEMO_CLIP}
         for name in self.places:
             if name not in used:
                 close = difflib.get_close_matches(name, sorted(used), n=1)
                 hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(used))}"
-                raise UsageError(f"--model {name}: no protocol of this run has such a model: {hint}")
+                raise UsageError(f"{self.option} {name}: no protocol of this run has such a model: {hint}")
 
     def open(self, protocol: ProtocolFile) -> dict[str, dict[str, str]]:
         """Open all of a protocol's networks, so that a broken file is found before hours of work.

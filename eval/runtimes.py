@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,11 +111,16 @@ class _TorchThreads:
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         progress: Progress | None = None,
+        **options: Any,
     ) -> npt.NDArray[np.uint8]:
-        """As the runtime."""
+        """As the runtime, which takes the ``options``, too."""
         with torch_threads(self._threads):
             return self._runtime.generate(
-                requests, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, progress=progress
+                requests,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                progress=progress,
+                **options,
             )
 
 
