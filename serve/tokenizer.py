@@ -124,7 +124,7 @@ def clip_tokenizer(folder: Path, special: Mapping[str, AddedToken]) -> Tokenizer
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.RobertaProcessing(
-        sep=(eos, vocabulary[eos]), cls=(bos, vocabulary[bos]), add_prefix_space=False, trim_offsets=False
+        (eos, vocabulary[eos]), (bos, vocabulary[bos]), add_prefix_space=False, trim_offsets=False
     )
     return tokenizer
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from excise.editmetadata import Detection, EditMetadata, Erased, Kept, StageFigures, StopRule
 
-GROWN = {"detection", "stop_rule"}
+GROWN = {"detection", "stop_rule", "training"}
 
 
 def metadata(**changes: Any) -> EditMetadata:
