@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from excise.errors import UsageError
 @recipe_options
 @click.option("--explain", is_flag=True, help="Print the whole recipe, and where each value comes from; do nothing.")
 @running_options
+@click.option(
+    "--checkpoints",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where a method that trains keeps what it takes to resume, which it does by itself; by default beside --out, "
+    "until that is written.",
+)
 @click.option("--curve", type=click.Path(path_type=Path), help="Also draw margin and movement by epoch (PNG or SVG).")
 @click.option("--out", type=click.Path(path_type=Path), help="The edit file to write.")
 @json_option
@@ -27,6 +34,7 @@ def edit(
     device: str,
     no_certificate: bool,
     no_cache: bool,
+    checkpoints: Path | None,
     curve: Path | None,
     out: Path | None,
     as_json: bool,
@@ -37,6 +45,9 @@ def edit(
     Reads the text encoders and the layers that read them only: K and V of a UNet's cross-attention, or the text
     projections of SD3, Flux, HiDream and PixArt. MODEL itself is not changed. "demo:model" is the bundled model.
 
+    The methods that train (esd-x, esd-u, esd-full, ca, ca-full, sa, sa-u) read the whole UNet of a Stable Diffusion 1
+    or 2, and take minutes to days. The same command again goes on where one was stopped.
+
     \b
     Examples:
       excise edit demo:model --erase gun --to sunflower --keep cat --keep dog --out gun.safetensors
@@ -46,11 +57,14 @@ def edit(
       excise edit SD_FOLDER --preset artist --erase "Van Gogh" --expand artist --keep-file artists.csv:name \\
           --out van-gogh.safetensors
       excise edit SD_FOLDER --recipe recipe.yaml --explain
+      excise edit demo:model --method esd-x --erase gun --iterations 50 --out esd.safetensors
+      excise edit SD_FOLDER --method ca --erase "grumpy cat" --to cat --device cuda --out ca.safetensors
     """
     from excise.editfile import save_edit
     from excise.output import check_free
 
     with needs():
+        from excise.edit.parameters import TRAINED
         from excise.edit.recipe import explain as explained
     judging = {name.removeprefix("detector_"): options.pop(name) for name in [*options] if name.startswith("detector")}
     recipe = resolved(options)
@@ -63,10 +77,26 @@ def edit(
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out} must end in .safetensors")
     check_free(out)
+    trained = recipe.method in TRAINED
+    if checkpoints is not None and not trained:
+        raise UsageError(f"--checkpoints is for methods that train: {recipe.method} is solved in one go, remove it")
     if curve is not None:
+        if trained:
+            raise UsageError(f"--curve draws the stages of a closed form: {recipe.method} has none, remove it")
         _check_picture(curve)
-    made = solve(model, recipe, device, certificate=not no_certificate, cached=not no_cache, judging=judging)
+    beside = out.with_suffix(".training") if trained and checkpoints is None else None
+    made = solve(
+        model,
+        recipe,
+        device,
+        certificate=not no_certificate,
+        cached=not no_cache,
+        judging=judging,
+        checkpoints=checkpoints or beside,
+    )
     save_edit(out, made)
+    if beside is not None:
+        shutil.rmtree(beside)
     lines = [f"{out}", f"  id      {made.id}", f"  {made.summary}", *stage_lines(made)]
     if curve is not None:
         with needs("eval"):

@@ -34,7 +34,12 @@ def recipe_options(function: F) -> F:
         click.option(
             "--expand", type=click.Choice(["none", "artist", "object"]), help="Also erase UCE's phrases around it."
         ),
-        click.option("--method", metavar="NAME", help="rece (default), uce, speed, dp, trce1 or leace."),
+        click.option(
+            "--method",
+            metavar="NAME",
+            help="rece (default), uce, speed, dp, trce1 or leace, which are solved in seconds; or esd-x, esd-u, "
+            "esd-full, ca, ca-full, sa or sa-u, which train.",
+        ),
         click.option("--epochs", metavar="N|auto", help="RECE epochs, or auto: as many as help."),
         click.option("--ridge", type=float, help="λ of RECE's eq. 8."),
         click.option("--erase-scale", type=float, help="s of the UCE stage."),
@@ -54,6 +59,8 @@ def recipe_options(function: F) -> F:
         click.option(
             "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="A figure of the method's own."
         ),
+        click.option("--iterations", type=int, help="Steps of a method that trains; its parameter iterations."),
+        click.option("--seed", type=int, help="Of a method that trains; its parameter seed."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -75,7 +82,8 @@ def resolved(options: dict[str, Any]) -> Recipe:
     if (epochs := given.get("epochs")) is not None and epochs != "auto":
         given["epochs"] = _whole("--epochs", epochs)
     sites = {name: given.pop(name) for name in ("projections", "layers", "conditional_only") if name in given}
-    parameters = dict(_parameter(text) for text in given.pop("parameters", ()))
+    parameters: dict[str, float] = dict(_parameter(text) for text in given.pop("parameters", ()))
+    parameters |= {name: given.pop(name) for name in ("iterations", "seed") if name in given}
     overrides = {**given, **({"sites": sites} if sites else {}), **({"parameters": parameters} if parameters else {})}
     return resolve(preset, None if recipe_file is None else load_recipe(recipe_file), overrides)
 

@@ -46,12 +46,20 @@ def running_options(function: F) -> F:
 
 
 def solve(
-    model: str, recipe: Recipe, device: str, *, certificate: bool, cached: bool, judging: dict[str, Any] | None = None
+    model: str,
+    recipe: Recipe,
+    device: str,
+    *,
+    certificate: bool,
+    cached: bool,
+    judging: dict[str, Any] | None = None,
+    checkpoints: Path | None = None,
 ) -> Edit:
     """The edit that a recipe gives of a model.
 
     Args:
         judging: the values of ``--detector`` and its companions by name; None judges nothing.
+        checkpoints: the folder of a method that trains.
 
     Raises:
         ExciseError: whatever a user can put right.
@@ -63,7 +71,16 @@ def solve(
     cache = EmbeddingCache(default_folder(say) if cached else None, say=say)
     folder = resolve(model)
     probe = _probe(folder, recipe, device, judging) if judging else None
-    return erase(folder, recipe, device=device, certificate=certificate, cache=cache, probe=probe, progress=say)
+    return erase(
+        folder,
+        recipe,
+        device=device,
+        certificate=certificate,
+        cache=cache,
+        probe=probe,
+        checkpoints=checkpoints,
+        progress=say,
+    )
 
 
 def _probe(folder: Path, recipe: Recipe, device: str, judging: dict[str, Any]) -> Probe | None:
@@ -82,7 +99,7 @@ def _probe(folder: Path, recipe: Recipe, device: str, judging: dict[str, Any]) -
 
 
 def stage_lines(made: Edit) -> list[str]:
-    """The figures of each stage, for people."""
+    """The figures of each stage, or of a training, for people."""
     lines = []
     for stage in made.metadata.stages:
         margin = "" if stage.margin is None else f"margin {stage.margin:.4f}  "
@@ -90,6 +107,11 @@ def stage_lines(made: Edit) -> list[str]:
         after = "" if stage.detected_after is None else f" → {stage.detected_after:.0%}"
         left_out = "" if stage.accepted else f"  (left out: {_why(stage)})"
         lines.append(f"  {stage.stream} {stage.stage:<9} {margin}kept moved {stage.moved:.2e}{shown}{after}{left_out}")
+    if (run := made.metadata.training) is not None:
+        lines.append(
+            f"  trained {run.iterations} iterations: loss {run.loss_before:.3g} → {run.loss_after:.3g}, "
+            f"{100 * run.share_of_parameters:.3g} % of the parameters"
+        )
     return lines
 
 

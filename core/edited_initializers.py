@@ -64,12 +64,22 @@ def base_weights(folder: Path, manifest: Manifest) -> Iterator[StoredWeights]:
         raise ArtefactError(f"{path} can't be read as safetensors ({error}): export again") from error
 
 
+def in_initializer(weight: Array, *, transposed: bool, shape: tuple[int, ...]) -> Array:
+    """A torch weight as an initialiser of ``shape`` holds it: transposed or not, a vector (c) perhaps as (c, 1, 1).
+
+    A weight that doesn't fit comes back in its own shape.
+    """
+    found = weight.T if transposed else weight
+    unit = [size for size in shape if size != 1]
+    return found.reshape(shape) if unit == [size for size in found.shape if size != 1] else found
+
+
 def edited_initializers(
     folder: Path, manifest: Manifest, edit: Edit | None, *, force: bool = False
 ) -> Iterator[tuple[str, WeightEntry, Array]]:
     """Torch name, place and values of every initialiser that an edit can move, in the order of their bytes.
 
-    The values have the initialiser's shape (d × o where it is transposed) and dtype, rounded to it once; without an
+    The values have the initialiser's shape (``in_initializer``) and dtype, rounded to it once; without an
     edit, and where the edit has nothing to say, they are the unedited ones. One is held at a time.
 
     Args:
@@ -129,16 +139,17 @@ def _check(folder: Path, manifest: Manifest, edit: Edit, stored: StoredWeights, 
             "export the base model, and patch that"
         )
     beyond = [site for site in edit.sites if site not in stored]
-    if beyond and len(beyond) < len(edit.sites):
+    if beyond and (len(beyond) < len(edit.sites) or not edit.metadata.streams):
         raise EditError(
-            f"the edit moves {beyond[0]} and {len(beyond) - 1} more that a patch can't reach: export the model with it"
+            f"the edit moves {beyond[0]} and {len(beyond) - 1} more, whose unedited values don't lie beside {folder}: "
+            "run excise patch with it, which puts them there, or export the model with it"
         )
     edit.check(stored, force=force)
 
 
 def _as_stored(folder: Path, name: str, place: WeightEntry, weight: Array) -> Array:
     """A weight in its initialiser's shape and dtype."""
-    found = weight.T if place.transposed else weight
+    found = in_initializer(weight, transposed=place.transposed, shape=place.shape)
     if found.shape != place.shape:
         raise ArtefactError(f"{folder} keeps {name} with shape {found.shape}, not {place.shape}: export again")
     with np.errstate(over="ignore"):

@@ -141,12 +141,26 @@ class StopRule(_Frozen):
     most: int
 
 
+class TrainingFigures(_Frozen):
+    """How the run of a method that trains went.
+
+    ``loss_before`` and ``loss_after`` are means over the first and the last tenth of the ``iterations``;
+    ``share_of_parameters`` is the part of the denoiser's parameters in weights that moved.
+    """
+
+    iterations: int
+    loss_before: float
+    loss_after: float
+    share_of_parameters: float
+
+
 class EditMetadata(_Grown):
     """Everything that made the edit, as stored in the file.
 
     ``recipe`` is the whole resolved recipe. ``on`` names the edits that the model carried already, in order. ``parts``
     are the edits that a stack was made of, in order, by id. ``source`` describes an imported checkpoint. ``detection``
-    and ``stop_rule`` stand behind the stages where there was a detector, or where ``epochs`` was auto.
+    and ``stop_rule`` stand behind the stages where there was a detector, or where ``epochs`` was auto; ``training``
+    is there where the method trains.
     """
 
     format_version: Literal[2] = FORMAT_VERSION
@@ -170,5 +184,6 @@ class EditMetadata(_Grown):
     certificate: tuple[Certified, ...] = ()
     detection: Detection | None = None
     stop_rule: StopRule | None = None
+    training: TrainingFigures | None = None
 
-    GROWN: ClassVar[tuple[str, ...]] = ("detection", "stop_rule")
+    GROWN: ClassVar[tuple[str, ...]] = ("detection", "stop_rule", "training")

@@ -15,6 +15,7 @@ from excise.edit.component_files import Float32
 from excise.edit.embedded_prompts import EmbeddedPrompts
 from excise.edit.methods import METHODS
 from excise.edit.model_folder import read_sites
+from excise.edit.parameters import TRAINED
 from excise.edit.problem import Problem, Stage
 from excise.edit.recipe import Recipe
 from excise.edit.site_selection import selection
@@ -33,9 +34,13 @@ def erase(
     certificate: bool = True,
     cache: EmbeddingCache | None = None,
     probe: Probe | None = None,
+    checkpoints: Path | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Edit:
-    """Erase concepts from a diffusers folder; only the text encoders and the layers that read them are read.
+    """Erase concepts from a diffusers folder.
+
+    A closed form reads the text encoders and the layers that read them only. A trained method reads the whole UNet,
+    and neither certifies nor caches embeddings.
 
     Args:
         folder: a diffusers folder.
@@ -44,17 +49,25 @@ def erase(
         certificate: measure how well any bounded embedding regenerates each concept, and store it in the edit.
         cache: where embeddings outlive the process; None keeps none.
         probe: judges RECE's epochs by pictures, and decides how many where the recipe says ``auto``.
+        checkpoints: the folder from which a trained method resumes, and where it keeps what that takes; None keeps
+            nothing. Closed forms have none.
         progress: told each step.
 
     Raises:
         UsageError: a recipe that can't be used with this model, a prompt over the token limit, an unknown device.
         ModelError: a folder that is missing, incomplete, of an unknown family (NoCrossAttention: nothing to edit) or
             written to meanwhile.
-        NumericsError: the solve has no finite answer.
+        NumericsError: the solve has no finite answer, or the loss of a training isn't finite.
+        OutputError: ``checkpoints`` holds something else or can't be written.
     """
     pairs = recipe.pairs()
     if not pairs:
         raise UsageError("nothing to erase: give --erase TEXT, or a preset or recipe that names its concepts")
+    if recipe.method in TRAINED:
+        _check_device(device)
+        from excise.edit.trained_methods import train
+
+        return train(folder, recipe, device=device, checkpoints=checkpoints, progress=progress)
     method, automatic = METHODS[recipe.method], (recipe.method, recipe.epochs) == ("rece", "auto")
     if automatic:
         check_measured(certificate)

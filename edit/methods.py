@@ -1,7 +1,8 @@
 """The closed forms by name.
 
 A method is a pure function in a file of its own, named here with its paper. Each multiplies every weight of a stream
-from the right, so that what comes out is a ``Transform``, stage by stage.
+from the right, so that what comes out is a ``Transform``, stage by stage. The methods that train are in
+``excise.edit.trained_methods``.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from excise.edit.auto_epochs import Probe, choose
 from excise.edit.dp import dp
 from excise.edit.fitter import Fitter, Scales, orthogonal_to
 from excise.edit.leace import leace
+from excise.edit.parameters import SpeedParameters
 from excise.edit.problem import Problem, Stage
 from excise.edit.rece import Rounds
-from excise.edit.recipe import PARAMETERS, Recipe, SpeedParameters
+from excise.edit.recipe import Recipe
 from excise.edit.speed import speed
 from excise.edit.tokens import RULES, Concept
 from excise.edit.transform import Step, Transform
@@ -92,8 +94,7 @@ def _hold(edit: Transform, problem: Problem) -> Transform:
 
 
 def _speed(concepts: list[Concept], problem: Problem, recipe: Recipe) -> Transform:
-    figures = PARAMETERS["speed"].model_validate(recipe.parameters)
-    assert isinstance(figures, SpeedParameters)
+    figures = SpeedParameters.model_validate(recipe.parameters)
     return speed(
         concepts,
         problem.kept(),

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema
+from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema
 
+from excise.edit.parameters import PARAMETERS, TRAINED, Frozen
 from excise.edit.presets import (
     COMMAND_LINE,
     DEFAULTS,
@@ -31,10 +32,6 @@ from excise.edit.presets import (
 )
 from excise.edit.prompts import Expansion, paired, read_prompts, words
 from excise.errors import UsageError
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _sequence(value: object) -> object:
@@ -64,7 +61,7 @@ _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "str
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_sequence), WithJsonSchema(_TEXTS)]
 
 
-class Sites(_Frozen):
+class Sites(Frozen):
     """Which of the model's cross-attention projections the edit moves."""
 
     projections: Literal["both", "k", "v"] = Field(default="both", description="both, k or v")
@@ -74,7 +71,7 @@ class Sites(_Frozen):
     conditional_only: bool = Field(default=False, description="true or false: leave the empty prompt's pass unedited")
 
 
-class EpochScales(_Frozen):
+class EpochScales(Frozen):
     """s, λ₁ and λ₂ of every RECE epoch."""
 
     erase: float = Field(default=1.0, gt=0, description="a positive number: s of the epochs")
@@ -82,45 +79,25 @@ class EpochScales(_Frozen):
     regularization: float = Field(default=0.1, gt=0, description="a positive number: λ₂ of the epochs")
 
 
-class NoParameters(_Frozen):
-    """A method whose figures are all fields of the recipe."""
-
-
-class SpeedParameters(_Frozen):
-    """SPEED's own figures, as published for nudity."""
-
-    rho: float = Field(default=0.7, gt=0, description="a positive number: ρ of M = (C₁C₁ᵀP + ρI)⁻¹")
-    lambda_: float = Field(
-        default=0.5, gt=0, alias="lambda", description="a positive number: λ of the null prompt's constraint"
-    )
-    null_threshold: float = Field(
-        default=0.1, gt=0, description="a positive number: singular values below it are the null space"
-    )
-
-
-#: What ``parameters`` may hold, by method.
-PARAMETERS: Mapping[str, type[_Frozen]] = {
-    "rece": NoParameters,
-    "uce": NoParameters,
-    "speed": SpeedParameters,
-    "dp": NoParameters,
-    "trce1": NoParameters,
-    "leace": NoParameters,
-}
-
-
 #: Fields of RECE's epochs.
 _RECE_ONLY = frozenset({"epochs", "ridge", "epoch_scales", "anchor"})
 
+#: Fields of the closed forms.
+_SOLVED_ONLY = _RECE_ONLY | {"erase_scale", "keep_scale", "regularization", "technique", "rule"}
 
-class Recipe(_Frozen):
+
+class Recipe(Frozen):
     """An edit, but for the model. ``resolve`` completes it; ``pairs`` and ``kept`` read its files."""
 
     version: Literal[1] = Field(default=1, description="1, the only format there is")
     preset: str | None = Field(default=None, description="the name of a preset to start from")
     note: Text = Field(default="", description="text for people")
-    method: Literal["rece", "uce", "speed", "dp", "trce1", "leace"] = Field(
-        default="rece", description="rece, uce, speed, dp, trce1 or leace"
+    method: Literal[
+        "rece", "uce", "speed", "dp", "trce1", "leace", "esd-x", "esd-u", "esd-full", "ca", "ca-full", "sa", "sa-u"
+    ] = Field(
+        default="rece",
+        description="rece, uce, speed, dp, trce1 or leace; or a trained one: "
+        "esd-x, esd-u, esd-full, ca, ca-full, sa or sa-u",
     )
     erase: Texts = Field(default=(), description="a list of texts: the concepts to erase")
     erase_files: Texts = Field(default=(), description="a list of paths: a text file, or PATH:COLUMN for a CSV file")
@@ -144,7 +121,7 @@ class Recipe(_Frozen):
     anchor: Literal["current", "original"] = Field(default="current", description="current or original")
     rule: Literal["last-subject", "all"] = Field(default="last-subject", description="last-subject or all")
     sites: Sites = Field(default=Sites(), description="fields projections, layers and conditional_only")
-    parameters: dict[str, float] = Field(default={}, description="numbers by name: the method's own figures")
+    parameters: dict[str, int | float] = Field(default={}, description="numbers by name: the method's own figures")
     _sources: dict[str, Source] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
@@ -256,6 +233,15 @@ def resolve(preset: str | None, recipe: Recipe | None, overrides: Mapping[str, A
     return resolved
 
 
+def unread_by(method: str) -> frozenset[str]:
+    """The fields of a recipe that a method leaves aside."""
+    if method not in TRAINED:
+        return frozenset() if method == "rece" else _RECE_ONLY
+    target = {"to"} if method.startswith("esd") else set()
+    kept = set() if method.startswith("sa") else {"keep", "keep_files"}
+    return _SOLVED_ONLY | target | kept
+
+
 def explain(recipe: Recipe) -> str:
     """The recipe as YAML with every field, and where each value came from as a comment; itself a recipe.
 
@@ -263,7 +249,7 @@ def explain(recipe: Recipe) -> str:
     """
     lines = []
     for name, value in recipe.model_dump().items():
-        unread = "" if recipe.method == "rece" or name not in _RECE_ONLY else f"; not read by {recipe.method}"
+        unread = f"; not read by {recipe.method}" if name in unread_by(recipe.method) else ""
         if isinstance(value, dict) and value:
             lines.append(f"{name}:")
             for key, item in value.items():

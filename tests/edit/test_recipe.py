@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from excise.demo.vocabulary import KEPT, WEAPONS, caption
+from excise.edit.parameters import PARAMETERS
 from excise.edit.presets import LIMIT, preset_names
-from excise.edit.recipe import PARAMETERS, EpochScales, Recipe, Sites, explain, load_recipe, resolve
+from excise.edit.recipe import EpochScales, Recipe, Sites, explain, load_recipe, resolve
 from excise.errors import UsageError
 
 SLOW_TO_DRAW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -310,7 +311,7 @@ REFUSED = [
     ("preset: none-such", ":2: preset = 'none-such': unknown preset: choose one of artist, nudity"),
     ("parameters: {rho: 1}", "parameters.rho: unknown field: there is none here"),
     ("method: speed\nparameters: {rh: 1}", ":3: parameters.rh: unknown field: did you mean rho?"),
-    ("method: speed\nparameters: {lambda: -1}", ":3: parameters.lambda = -1.0: give a positive number"),
+    ("method: speed\nparameters: {lambda: -1}", ":3: parameters.lambda = -1: give a positive number"),
     ("erase: []", "nothing to erase: give --erase TEXT"),
     ("erase: ['  ']", "the concept '  ' is empty"),
     ("erase: [gun, axe, gun]", ":2: erase: the concept 'gun' is given twice: remove one"),
