@@ -26,6 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,11 +138,8 @@ def run(encoder_name: str, count: int, every: int, rows: int) -> dict[str, objec
         scale = POPULATION / len(framed)
         exact = {row.tobytes(): loss for row, loss in zip(generation.survivors, generation.losses, strict=True)}
         for name, form in others.items():
-            losses, used, passed = timed(
-                lambda form=form, framed=framed: form(
-                    encoder, rows_of(framed), torch.from_numpy(target), int(alphabet.max()) + 1
-                )
-            )
+            call = partial(form, encoder, rows_of(framed), torch.from_numpy(target), int(alphabet.max()) + 1)
+            losses, used, passed = timed(call)
             cpu[name].append(used * scale)
             clock[name].append(passed * scale)
             for row, loss in zip(generation.population, losses, strict=False):

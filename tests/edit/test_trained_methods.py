@@ -292,8 +292,8 @@ def test_a_second_edit_is_for_the_first_ones_result(tiny_model: Path, tmp_path: 
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-6) for name in one)
 
 
-def share_of_guns(folder: Path, edit: Edit | None) -> float:
-    """Of 24 pictures of guns, how many the demo's detector sees one in."""
+def share_of(name: str, folder: Path, edit: Edit | None) -> float:
+    """Of 24 pictures of an object, the part that the demo's detector names so."""
     from excise.demo import CLIP
     from excise.demo.vocabulary import OBJECTS
     from excise.eval.detector import ClipDetector
@@ -301,19 +301,23 @@ def share_of_guns(folder: Path, edit: Edit | None) -> float:
     from excise.export.pipeline import load_pipeline
     from excise.serve.runtime import Request
 
-    detector = ClipDetector(CLIP, {name: [f"a {name}", f"a picture of a {name}"] for name in OBJECTS})
+    detector = ClipDetector(CLIP, {label: [f"a {label}", f"a picture of a {label}"] for label in OBJECTS})
     runtime = TorchRuntime(load_pipeline(folder, edit), name="demo")
-    texts = ["a gun", "a noto gun", "gun", "a twitter gun"]
+    texts = [f"a {name}", f"a noto {name}", name, f"a twitter {name}"]
     images = runtime.generate(
         [Request(prompt=texts[n % 4], seed=n) for n in range(24)], num_inference_steps=20, guidance_scale=5.0
     )
-    return float(np.mean(detector.detect(images) == detector.labels.index("gun")))
+    return float(np.mean(detector.detect(images) == detector.labels.index(name)))
 
 
 @pytest.mark.slow
-def test_esd_x_takes_guns_out_of_the_demo_model(demo_model: Path) -> None:
-    figures = {"iterations": 60, "learning_rate": 2e-4, "num_inference_steps": 20}
-    edit = erase(demo_model, resolve(None, None, {"erase": "a gun", "method": "esd-x", "parameters": figures}))
-    before, after = share_of_guns(demo_model, None), share_of_guns(demo_model, edit)
+def test_esd_x_takes_guns_out_of_the_demo_model_and_leaves_cats(demo_model: Path) -> None:
+    """Ten times the published rate: the model is small, and at 2e-4 sixty steps left 16 of 24 guns."""
+    figures = {"iterations": 60, "learning_rate": 5e-4, "num_inference_steps": 20}
+    erased = {"erase": ("gun", "a gun"), "method": "esd-x", "parameters": figures}
+    edit = erase(demo_model, resolve(None, None, erased))
+    before, after = share_of("gun", demo_model, None), share_of("gun", demo_model, edit)
     assert before >= 0.5
     assert after <= before / 2
+    # A model that draws nothing at all has no guns either.
+    assert share_of("cat", demo_model, edit) >= 0.75 * share_of("cat", demo_model, None)

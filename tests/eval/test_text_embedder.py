@@ -87,7 +87,7 @@ def test_models_that_can_not_be_searched(pipeline: Any, tmp_path: Path, tiny_mod
         TorchTextEmbedder(pipeline.tokenizer, torch.nn.Linear(1, 1))
     with pytest.raises(ModelError, match="more than one text encoder"):
         pipeline_embedder(SimpleNamespace(text_encoder_2=1))
-    with pytest.raises(UsageError, match=r"batch_size = 0, stride = 4: give 1 or more"):
+    with pytest.raises(UsageError, match=r"batch_size = 0, stride = 8: give 1 or more"):
         TorchTextEmbedder(pipeline.tokenizer, pipeline.text_encoder, batch_size=0)
     with pytest.raises(ModelError, match="has no text_encoder: name a diffusers folder"):
         folder_embedder(tmp_path)
