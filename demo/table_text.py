@@ -118,7 +118,7 @@ def table_text(document: Mapping[str, Any]) -> str:
         if budget
     ]
     notes = [*smaller, *budgets]
-    return "\n".join([*lines, *(["", "Smaller than published. " + " ".join(notes)] if notes else []), ""])
+    return "\n".join([*lines, *(["", "Other than published. " + " ".join(notes)] if notes else []), ""])
 
 
 def _rates(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
