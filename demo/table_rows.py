@@ -35,12 +35,14 @@ class Row:
 
 
 def _trained(title: str, method: str, **parameters: float) -> Row:
-    """A method that trains: each weapon by one prompt, to a sunflower, with 20 steps of DDIM for what it draws."""
+    """A method that trains, with 20 steps of DDIM for what it draws."""
     parameters = {**parameters, "num_inference_steps": 20}
     shown = ", ".join(f"{name} {value:g}" for name, value in parameters.items())
-    erased = [f"{article(name)} {name}" for name in WEAPONS]
-    overrides = {"method": method, "erase": erased, "to": ["a sunflower"], "parameters": parameters}
-    return Row(title, overrides, smaller=f"{shown}, chosen for a model of 10 M parameters and for two cores")
+    return Row(
+        title,
+        {"method": method, "parameters": parameters},
+        smaller=f"{shown}, chosen for a model of 10 M parameters and for two cores",
+    )
 
 
 #: By name, which is also the name of a runtime and of an edit file. The first is the unedited model.
