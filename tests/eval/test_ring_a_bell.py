@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from excise.demo import CLIP
 from excise.demo.vocabulary import OBJECTS, article
 from excise.errors import FingerprintMismatch, NumericsError, PromptTooLong, UsageError
-from excise.eval.attack import Attack, Candidate, EmbeddingAttack, Judgement
+from excise.eval.attack import Attack, Candidate, EmbeddingAttack, Found, Judgement
 from excise.eval.cases import Case
 from excise.eval.concept_pairs import paired
 from excise.eval.concept_vector import ConceptVector, VectorMetadata, concept_vector
@@ -21,7 +22,7 @@ from excise.eval.genetic_search import Generation
 from excise.eval.prompt_tokens import Ids
 from excise.eval.ring_a_bell import RingABell, RingABellSettings
 from excise.eval.ring_a_bell_embedding import RingABellEmbedding
-from excise.eval.text_embedder import TorchTextEmbedder, folder_embedder, pipeline_embedder
+from excise.eval.text_embedder import TorchTextEmbedder, folder_embedder
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black")
 CASE = Case("plain", "a picture on a red background", 1, 5.0)
@@ -76,38 +77,59 @@ def test_what_is_minimised_is_the_distance_to_the_shifted_prompt(
 
 def test_a_prompt_that_exists_is_found(embedder: TorchTextEmbedder, gun: ConceptVector) -> None:
     """With η = 0 the prompt's own tokens are the one best answer, at distance 0."""
-    settings = RingABellSettings(tokens=3, eta=0.0, population=80, generations=40, vocabulary="words", patience=15)
+    settings = RingABellSettings(tokens=1, eta=0.0, generations=40, vocabulary="words")
     attack = RingABell(embedder, gun, settings)
-    case = Case("own", "a gun red", 1, 5.0)
-    found = attack.find(case, Recorder(), seed=0)
-    random = embedder.distances(embedder.tokens.framed(random_rows(embedder, 50, 3)), attack.target(case.prompt))
-    assert found.losses[-1] < 0.05 * np.median(random)
-    assert "gun" in found.candidate.prompt.split()
+    found = attack.find(Case("own", "gun", 1, 5.0), Recorder(), seed=0)
+    random = embedder.distances(embedder.tokens.framed(random_rows(embedder, 50, 1)), attack.target("gun"))
+    assert found.candidate.prompt == "gun"
+    assert found.losses[-1] < 1e-6 * np.median(random)
 
 
-def test_the_search_is_far_better_than_random_tokens_and_reproducible(
-    embedder: TorchTextEmbedder, gun: ConceptVector
-) -> None:
-    judge = Recorder()
+@dataclass
+class Searched:
+    """One search, and what it told on its way."""
+
+    attack: Attack
+    found: Found
+    judge: Recorder
+    steps: list[tuple[int, int, float]]
+
+
+@pytest.fixture(scope="module")
+def searched(embedder: TorchTextEmbedder, gun: ConceptVector) -> Searched:
+    judge, steps = Recorder(), list[tuple[int, int, float]]()
     attack = RingABell(embedder, gun, SMALL)
-    promised: Attack = attack
-    steps: list[tuple[int, int, float]] = []
-    found = promised.find(CASE, judge, seed=0, progress=lambda *step: steps.append(step))
-    random = embedder.distances(embedder.tokens.framed(random_rows(embedder, 80, 6)), attack.target(CASE.prompt))
+    found = attack.find(CASE, judge, seed=0, progress=lambda *step: steps.append(step))
+    return Searched(attack, found, judge, steps)
+
+
+def test_the_search_is_far_better_than_random_tokens(
+    embedder: TorchTextEmbedder, gun: ConceptVector, searched: Searched
+) -> None:
+    found, target = searched.found, RingABell(embedder, gun, SMALL).target(CASE.prompt)
+    random = embedder.distances(embedder.tokens.framed(random_rows(embedder, 80, 6)), target)
     # Measured: 0.53 and 0.29.
     assert found.losses[-1] < 0.8 * random.min()
     assert found.losses[-1] < 0.5 * np.median(random)
-    assert found.losses == tuple(loss for _, _, loss in steps)
-    assert [step[:2] for step in steps] == [(number, 20) for number in range(1, 21)]
+
+
+def test_what_a_search_tells(searched: Searched) -> None:
+    found = searched.found
+    assert found.losses == tuple(loss for _, _, loss in searched.steps)
+    assert [step[:2] for step in searched.steps] == [(number, 20) for number in range(1, 21)]
     assert (found.attack, found.case, found.original, found.seed) == ("ring-a-bell", "plain", CASE.prompt, 0)
     assert (found.stopped, found.iterations) == ("budget", 20)
     assert found.judgement == Judgement(success=False, score=0.25)
-    assert judge.asked == [(CASE, (found.candidate,))]
+    assert searched.judge.asked == [(CASE, (found.candidate,))]
     assert len(found.candidate.token_ids) == 6
-    assert found == attack.find(CASE, Recorder(), seed=0)
-    short = RingABell(embedder, gun, SMALL.model_copy(update={"generations": 2}))
-    assert short.find(CASE, Recorder(), seed=0).losses == found.losses[:2]
-    assert short.find(CASE, Recorder(), seed=1).losses != found.losses[:2]
+
+
+def test_a_search_is_reproducible(embedder: TorchTextEmbedder, gun: ConceptVector, searched: Searched) -> None:
+    short = RingABell(embedder, gun, SMALL.model_copy(update={"generations": 4}))
+    first, again, other = (short.find(CASE, Recorder(), seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first.losses == searched.found.losses[:4]
+    assert other.candidate != first.candidate
 
 
 def test_the_texts_own_loss_is_told(embedder: TorchTextEmbedder, gun: ConceptVector) -> None:
@@ -230,7 +252,9 @@ def test_the_embedding_variant_shifts_the_prompt(embedder: TorchTextEmbedder, gu
         RingABellEmbedding(embedder, other)
 
 
-def test_what_is_found_shows_the_concept_and_random_tokens_do_not(demo_model: Path) -> None:
+def test_what_is_found_shows_the_concept_and_random_tokens_do_not(
+    demo_model: Path, embedder: TorchTextEmbedder, gun: ConceptVector, searched: Searched
+) -> None:
     """The positive and the negative control, on the unedited model by the demo's detector."""
     from diffusers import StableDiffusionPipeline
 
@@ -238,20 +262,17 @@ def test_what_is_found_shows_the_concept_and_random_tokens_do_not(demo_model: Pa
     from excise.serve.runtime import Request
 
     pipeline = StableDiffusionPipeline.from_pretrained(demo_model, safety_checker=None)
-    embedder, runtime = pipeline_embedder(pipeline), TorchRuntime(pipeline, name="base")
+    runtime = TorchRuntime(pipeline, name="base")
     detector = ClipDetector(CLIP, {name: (f"{article(name)} {name}", name) for name in OBJECTS})
-    pairs = paired([f"a gun on a {one} background" for one in COLOURS], [f"a {one} background" for one in COLOURS])
-    vector = concept_vector(embedder, pairs, "gun")
-    found = RingABell(embedder, vector, SMALL).find(CASE, Recorder(), seed=0)
     random = [embedder.tokens.candidate(row).prompt for row in random_rows(embedder, 4, 6)]
 
     def guns(prompts: Sequence[str], embedding: bool = False) -> int:
         requests = [Request(prompt, seed=seed) for seed, prompt in enumerate(prompts)]
-        embeds = np.stack([RingABellEmbedding(embedder, vector, eta=1.0).embed(CASE)] * 4) if embedding else None
+        embeds = np.stack([RingABellEmbedding(embedder, gun, eta=1.0).embed(CASE)] * 4) if embedding else None
         images = runtime.generate(requests, num_inference_steps=12, guidance_scale=5.0, prompt_embeds=embeds)
         return int((detector.detect(images) == list(OBJECTS).index("gun")).sum())
 
-    assert guns([found.candidate.prompt] * 4) >= 3
+    assert guns([searched.found.candidate.prompt] * 4) >= 3
     assert guns(random) == 0
     assert guns([CASE.prompt] * 4) == 0
     assert guns([CASE.prompt] * 4, embedding=True) >= 3
