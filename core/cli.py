@@ -76,7 +76,8 @@ def demo(out: Path, onnx: Path | None, as_json: bool) -> None:
 @click.option("--base", metavar="MODEL", help="Tell what PATH (a model folder or a checkpoint) changes of MODEL.")
 @json_option
 def inspect(path: Path, base: str | None, as_json: bool) -> None:
-    """Say what PATH holds: an edit file, or a folder that excise exported (its files are checked).
+    """Say what PATH holds: an edit file, a folder that excise exported, or a Triton repository (their files are
+    checked).
 
     With --base, PATH is an edited diffusers folder or denoiser checkpoint: which weights differ from MODEL's, and
     whether the difference is one right-multiplication that all layers share, as the closed forms leave.
@@ -85,6 +86,7 @@ def inspect(path: Path, base: str | None, as_json: bool) -> None:
     Examples:
       excise inspect nudity.safetensors
       excise inspect sd-onnx --json
+      excise inspect models
       excise inspect esd-nudity.pt --base CompVis/stable-diffusion-v1-4
     """
     if base is not None:
@@ -95,8 +97,10 @@ def inspect(path: Path, base: str | None, as_json: bool) -> None:
         document = {"kind": "difference", "path": str(path), "base": base, **moved.document}
         result(document, "\n".join([f"{path} against {base}", *(f"  {line}" for line in moved.report)]), as_json)
         return
-    from excise.inspection import inspect_path
-
+    if (path / "repository.json").is_file() and not (path / "excise.json").exists():
+        from excise.cli_inspect_repository import inspect_repository as inspect_path
+    else:
+        from excise.inspection import inspect_path
     document, text, sound = inspect_path(path)
     result(document, text, as_json)
     if not sound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from excise.cli_recipe import number
 from excise.console import json_option, needs, result, say
 from excise.errors import UsageError
 
@@ -41,6 +43,14 @@ _pairs: dict[str, Any] = {"multiple": True, "metavar": "NAME=VALUE"}
 @click.option("--sample-seed", type=click.IntRange(0), default=0, show_default=True, help="Of --sample.")
 @click.option("--steps", type=click.IntRange(1), metavar="N", help="Denoising steps in place of the protocol's.")
 @click.option("--scheduler", type=click.Choice(["protocol", "own"]), default="protocol", show_default=True)
+@click.option(
+    "--image-size",
+    type=click.Choice(["protocol", "own"]),
+    default="protocol",
+    show_default=True,
+    help="Make images as large as the prompts ask for, or as each model makes them.",
+)
+@click.option("--edit-seconds", "seconds", help="What making a runtime's edit took, as excise edit says.", **_pairs)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images in a batch.")
 @click.option("--format", "image_format", type=click.Choice(["png", "webp"]), default="png", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Of PyTorch's detectors and metrics.")
@@ -66,6 +76,8 @@ def evaluate(
     sample_seed: int,
     steps: int | None,
     scheduler: str,
+    image_size: str,
+    seconds: tuple[str, ...],
     batch_size: int,
     image_format: Any,
     device: str,
@@ -81,8 +93,8 @@ def evaluate(
     (provider=cpu|cuda|tensorrt, edit=FILE), triton:URL/MODEL, openai:URL. The same prompts and seeds go to all of them.
 
     A run that was ended goes on where it was, with the same command; its report is the same to the last byte. Prompt
-    sets and weights are read from paths that you give: nothing is downloaded, nothing leaves this machine but requests
-    to a server that you name.
+    sets and weights are read from paths that you give. Nothing is downloaded but the prompts of a protocol of your own
+    that names a data set of the hub, nothing leaves this machine but requests to a server that you name.
 
     \b
     Examples:
@@ -100,7 +112,7 @@ def evaluate(
 
         refuse_others(
             protocols,
-            runtimes=runtimes,
+            runtime=runtimes,
             base=base,
             reference=reference,
             floor=floor,
@@ -108,6 +120,7 @@ def evaluate(
             model=models,
             limit=limit,
             policy=policy,
+            edit_seconds=seconds,
             compare=compare,
         )
         make_demo_table(
@@ -161,6 +174,7 @@ def evaluate(
         batch_size=batch_size,
         image_format=image_format,
         ray=ray,
+        edit_seconds=_seconds(seconds, names),
         say=say,
     )
     choices = [
@@ -173,6 +187,7 @@ def evaluate(
             sample_seed=sample_seed,
             num_inference_steps=steps,
             own_scheduler=scheduler == "own",
+            own_size=image_size == "own",
         )
         for name in protocols
     ]
@@ -196,7 +211,7 @@ def refuse_others(protocols: tuple[str, ...], **given: Any) -> None:
     if len(protocols) > 1:
         raise UsageError(f"{DEMO_TABLE} is a run of its own: leave {', '.join(set(protocols) - {DEMO_TABLE})} out")
     if named := [name for name, value in given.items() if value]:
-        raise UsageError(f"--{named[0].removesuffix('s')}: {DEMO_TABLE} has its own; leave it out")
+        raise UsageError(f"--{named[0].replace('_', '-')}: {DEMO_TABLE} has its own; leave it out")
 
 
 def _named(names: list[str], roles: tuple[str, ...]) -> str | None:
@@ -213,6 +228,18 @@ def _parsed(option: str, texts: tuple[str, ...]) -> dict[str, str]:
         if name in found:
             raise UsageError(f"{option} {name} is given twice")
         found[name] = value
+    return found
+
+
+def _seconds(texts: tuple[str, ...], names: list[str]) -> dict[str, float]:
+    """``--edit-seconds`` by runtime."""
+    found = {}
+    for name, text in _parsed("--edit-seconds", texts).items():
+        if name not in names:
+            raise UsageError(f"--edit-seconds {name}={text}: the runtimes are {', '.join(names)}")
+        found[name] = number("--edit-seconds", text)
+        if not 0 <= found[name] < math.inf:
+            raise UsageError(f"--edit-seconds {name}={text}: give seconds, such as 3.4")
     return found
 
 
@@ -233,7 +260,8 @@ def _listing(protocols: list[ProtocolFile]) -> str:
     for protocol in protocols:
         lines.append(f"{protocol.name:<{width}}  {protocol.title}")
         needed = [f"--set {name}=..." for name in protocol.parameters]
-        file = getattr(protocol.prompts, "file", None)
+        # A data set of the hub is fetched.
+        file = getattr(protocol.prompts, "file", None) if protocol.prompts.source == "file" else None
         needed += [f"--prompts {file}"] if file else []
         lines.append(f"{'':<{width}}  {', '.join(protocol.measures())}{'; ' + ' '.join(needed) if needed else ''}")
     return "\n".join(lines)

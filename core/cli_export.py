@@ -68,9 +68,10 @@ def export(
       excise export SD_FOLDER --edit nudity.safetensors --dtype fp16 --out sd-onnx-fp16
       excise export SD_FOLDER --bank nudity.safetensors --bank van-gogh.safetensors --out sd-bank
       excise export SD_FOLDER --edit nudity.safetensors --engine tensorrt-rtx --out sd-engines
-    An options file:
+    An options file (editable: all keeps what a patch by a trained edit starts from, at twice the size):
       format: 1
       dtype: fp16
+      editable: all
       static: {batch: 1, height: 512, width: 512}
     """
     from excise.editfile import load_edit
@@ -144,7 +145,9 @@ def patch(onnx_dir: Path, edit_file: Path, out: Path | None, copy: bool, force: 
     unedited values, which lie beside the model. Everything else is shared by hard links. ONNX_DIR is replaced in one
     step: whatever happens, it holds the old model or the new one, whole.
 
-    A folder that plain Optimum wrote is converted on the way (its weights are taken for the unedited ones).
+    A folder that plain Optimum wrote is converted on the way (its weights are taken for the unedited ones). So is one
+    that meets its first edit by training, which moves other weights than those that read the text: the denoiser's files
+    are written once more, unless the folder was exported with editable: all.
 
     ONNX Runtime and TensorRT read hard links; the onnx package from 1.21 on refuses them: use --copy for that.
 

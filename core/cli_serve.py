@@ -51,7 +51,14 @@ class _ServeGroup(click.Group):
 
 @click.group(cls=_ServeGroup)
 def serve() -> None:
-    """Serve an exported model: with the embedded server (run), or from a Triton model repository (build)."""
+    """Serve an exported model: with the embedded server (run), or from a Triton model repository (build).
+
+    \b
+    Examples:
+      excise serve run demo
+      excise serve build sd-onnx --out repository
+      excise serve promote repository --edit another.safetensors --url http://127.0.0.1:8000
+    """
 
 
 @serve.command()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from excise.cli_vector_timestep import has_scalar_timestep, vector_timestep_source, with_vector_timestep
 from excise.console import force_option, json_option, result, say
 from excise.errors import UsageError
 
@@ -104,7 +105,8 @@ def build(
     """Write a Triton model repository of ONNX_DIR, which excise export, patch, bank or engines wrote.
 
     The edit's id, the manifest's hash and the table of versions are parameters of the model's configuration. The
-    unedited model is never served without --with-base.
+    unedited model is never served without --with-base. For backend onnxruntime, a UNet whose timestep is a scalar
+    gets one of shape (1), which Triton needs (extra export).
 
     \b
     Examples:
@@ -141,17 +143,19 @@ def build(
         )
     except ValidationError as error:
         raise UsageError(first_problem(error)) from error
-    record = build_repository(
-        onnx_dir,
-        out,
-        options,
-        with_base=with_base,
-        policy=_loaded(policy_file),
-        names=_pairs("--edit-name", edit_names),
-        link=not copy,
-        canary=_recorder(canary, canary_prompts),
-        progress=say,
-    )
+    policy, names = _loaded(policy_file), _pairs("--edit-name", edit_names)
+    with with_vector_timestep(onnx_dir, out) if backend == "onnxruntime" else nullcontext(onnx_dir) as folder:
+        record = build_repository(
+            folder,
+            out,
+            options,
+            with_base=with_base,
+            policy=policy,
+            names=names,
+            link=not copy,
+            canary=_recorder(canary, canary_prompts),
+            progress=lambda line: say(line.replace(str(folder), str(onnx_dir))),
+        )
     _report(out, record, as_json)
 
 
@@ -197,9 +201,9 @@ def promote(
 
     if (edit_file is None) == (folder is None):
         raise UsageError("give --edit or --from, one of them")
-    source = folder if folder is not None else _patched(edit_file, force)
     prompts = canary_prompts or _concepts(edit_file)
     with _server(url, timeout) as server:
+        source = _finished(repo, folder) if folder is not None else _patched(edit_file, force)
         record = promote_repository(
             repo,
             source,
@@ -281,6 +285,15 @@ def check(repo: Path, as_json: bool) -> None:
     result(document, "\n".join(lines), as_json)
     if found.problems:
         sys.exit(1)
+
+
+def _finished(repo: Path, folder: Path) -> Path | Callable[[Path, Path], object]:
+    """An exported folder for a version, or what writes it as Triton's ONNX Runtime backend takes it."""
+    from excise.serve.repository_record import read_record
+
+    if read_record(repo).backend != "onnxruntime" or not has_scalar_timestep(folder):
+        return folder
+    return vector_timestep_source(folder)
 
 
 def _patched(edit_file: Path | None, force: bool) -> Callable[[Path, Path], object]:

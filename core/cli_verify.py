@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from excise.console import json_option, needs, result, say
-from excise.errors import ArtefactError
+from excise.errors import ArtefactError, UsageError
 
 if TYPE_CHECKING:
+    from excise.editfile import Edit
     from excise.eval.verification_sides import SideSpec
     from excise.eval.verification_verdict import Thresholds
 
@@ -34,6 +35,9 @@ _texts: dict[str, Any] = {"multiple": True, "metavar": "TEXT"}
 @click.option("--max-to-move", type=float, help="Error allowed, relative to how far the edit moved the output.")
 @click.option("--max-relative", type=float, help="Error allowed, relative to the output; where that is more.")
 @click.option("--end-to-end", is_flag=True, help="Judge latents and images alone, not single components.")
+@click.option(
+    "--components", is_flag=True, help="Compare single components alone, without a loop: SDXL, SD 3 and Flux too."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Also write report.json, a picture and reproduce.sh here.")
 @json_option
 def verify(
@@ -49,6 +53,7 @@ def verify(
     max_to_move: float | None,
     max_relative: float | None,
     end_to_end: bool,
+    components: bool,
     out: Path | None,
     as_json: bool,
     **texts: tuple[str, ...],
@@ -64,11 +69,15 @@ def verify(
     The tolerances depend on the precision; fp16 hides an error in a single small layer that fp32 shows. Use
     --end-to-end where the edit sits in another component of B than of A, as after excise fuse.
 
+    The loop is that of Stable Diffusion 1 and 2. With --components every family that excise exports is compared: text
+    encoders, denoiser and VAE decoder, of torch:DIR against onnx:DIR. What isn't compared is printed.
+
     \b
     Examples:
       excise verify "SD_FOLDER?edit=nudity.safetensors" sd-onnx --base SD_FOLDER --edit nudity.safetensors
       excise verify sd-safe "onnx:sd-onnx?provider=cuda" --base SD_FOLDER --erased nudity --kept "a person"
       excise verify onnx:sd-onnx onnx:sd-onnx-fp16 --base onnx:sd-onnx-base --out parity --json
+      excise verify "torch:XL?edit=nudity.safetensors" onnx:xl-onnx --base torch:XL --components
     """
     from excise.editfile import load_edit
     from excise.output import check_free
@@ -92,6 +101,19 @@ def verify(
     edit = load_edit(named) if named is not None else None
     chosen = choose_prompts(edit=edit, summary=_summary(served, reference), given=dict(texts), limit=prompts)
     settings = Settings(num_inference_steps=steps, guidance_scale=guidance, seed=seed, timesteps=timesteps)
+    if components:
+        _components(
+            reference,
+            served,
+            unedited,
+            chosen.groups,
+            edit,
+            settings.timesteps,
+            (max_to_move, max_relative),
+            end_to_end or out is not None,
+            as_json,
+        )
+        return
 
     def adjust(thresholds: Thresholds) -> Thresholds:
         return adjusted(thresholds, max_to_move=max_to_move, max_relative=max_relative)
@@ -124,6 +146,51 @@ def verify(
     if out is not None:
         write_report(out, done, again)
     result(document(done, again), table(done), as_json)
+    if not done.passed:
+        sys.exit(1)
+
+
+def _components(
+    reference: SideSpec,
+    served: SideSpec,
+    unedited: SideSpec,
+    prompts: dict[str, tuple[str, ...]],
+    edit: Edit | None,
+    timesteps: int,
+    tolerances: tuple[float | None, float | None],
+    of_the_loop: bool,
+    as_json: bool,
+) -> None:
+    """Compare single components, print the figures, and leave with 1 unless all are within the tolerances."""
+    from excise.eval.verification_components import rounding, table, timesteps_of
+    from excise.eval.verification_verdict import DEFAULTS, adjusted
+
+    if of_the_loop:
+        raise UsageError("--components has no --end-to-end and no --out: leave them out, or print --json to a file")
+    kinds = (reference.kind, served.kind, unedited.kind)
+    given = {*served.options, *unedited.options, *reference.options} - {"edit"}
+    if kinds != ("torch", "onnx", "torch") or given or "edit" in {**served.options, **unedited.options}:
+        raise UsageError(
+            "--components compares torch:DIR with onnx:DIR, measured from --base torch:DIR, on the CPU in float32: "
+            f"A is {reference}, B is {served}, --base is {unedited}; ?edit=FILE is A's alone"
+        )
+    with needs("export"):
+        from excise.export.component_parity import component_parity
+    limits = adjusted(
+        DEFAULTS[rounding(served.folder)], max_to_move=tolerances[0], max_relative=tolerances[1]
+    ).component
+    done = component_parity(
+        reference.folder,
+        served.folder,
+        unedited.folder,
+        prompts,
+        edit=edit if "edit" in reference.options else None,
+        timesteps=timesteps_of(unedited.folder, timesteps),
+        max_to_move=limits.max_to_move,
+        max_relative=limits.max_relative,
+        progress=say,
+    )
+    result(done.dict(), table(done.dict()), as_json)
     if not done.passed:
         sys.exit(1)
 

@@ -8,7 +8,7 @@ from typing import Any
 from excise.editfile import load_edit
 from excise.enginefile import ENGINE, check_engine
 from excise.errors import UsageError
-from excise.manifest import NAME, read_manifest, verify
+from excise.manifest import read_manifest, verify
 
 
 def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
@@ -37,8 +37,6 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
         return document, "\n".join(lines), True
     if not path.is_dir():
         raise UsageError(f"{path} doesn't exist: name an edit file, an exported folder or a Triton repository")
-    if (path / "repository.json").is_file() and not (path / NAME).exists():
-        return _repository(path)
     manifest = read_manifest(path)
     problems = verify(path)
     for engine in sorted(path.glob(f"*/{ENGINE}")):
@@ -58,26 +56,6 @@ def inspect_path(path: Path) -> tuple[dict[str, Any], str, bool]:
         "manifest": manifest.model_dump(mode="json"),
     }
     return report, "\n".join(lines), not problems
-
-
-def _repository(path: Path) -> tuple[dict[str, Any], str, bool]:
-    """A Triton repository, as ``excise serve check`` sees it."""
-    from excise.serve.repository_check import check
-    from excise.serve.repository_record import read_record
-    from excise.serve.repository_text import record_lines
-
-    found, record = check(path), read_record(path)
-    lines = [f"{path}: a Triton repository", *record_lines(record)]
-    lines += [f"  problem   {problem}" for problem in found.problems] or ["  every file matches its SHA-256"]
-    lines += [f"  note      {note}" for note in found.notes]
-    report: dict[str, Any] = {
-        "kind": "triton-repository",
-        "path": str(path),
-        "sound": not found.problems,
-        **found.to_json(),
-        "repository": record.model_dump(mode="json"),
-    }
-    return report, "\n".join(lines), not found.problems
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from excise.eval.protocol_choice import Choice
 from excise.eval.protocol_comparisons import Roles
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.protocol_record import record
+from excise.eval.protocol_sizes import check_sizes, sizes_in_words
 from excise.eval.ray_generation import generate_on_ray
 from excise.eval.run_folder import ProtocolEntry, RunConfiguration, RuntimeEntry, open_run, run_versions
 from excise.eval.run_images import RunImages
@@ -52,6 +53,8 @@ class Run:
     image_format: ImageFormat = "png"
     ray: bool = False
     progress: bool = True
+    #: Runtime → seconds that its edit took to make, as its user measured them: an edit file holds no times.
+    edit_seconds: Mapping[str, float] = field(default_factory=dict)
     say: Callable[[str], None] = lambda message: None
 
 
@@ -60,8 +63,8 @@ def evaluate(choices: Sequence[Choice], run: Run) -> Evaluation:
 
     Raises:
         UsageError: no runtime, two of one name or two protocols of one name, a role that no runtime has, another
-            scheduler than the protocol's, a model that no place is known of, or a rule that could never count: all
-            before any image is made.
+            scheduler than the protocol's, a size that a runtime can't be asked for, a model that no place is known of,
+            or a rule that could never count: all before any image is made.
         OutputError: the folder belongs to another run, is in use, or can't be written.
         ArtefactError, ModelError, EditError, MissingExtra: of runtimes and models.
     """
@@ -79,6 +82,8 @@ def evaluate(choices: Sequence[Choice], run: Run) -> Evaluation:
             choice.check_scheduler(spec)
     everything = {choice.protocol.name: choice.all_cases() for choice in choices}
     cases = {choice.protocol.name: choice.cases(everything[choice.protocol.name]) for choice in choices}
+    for choice in choices:
+        _check_sizes(choice, everything[choice.protocol.name], cases[choice.protocol.name], run)
     run.say("opening the networks that judge")
     networks = {choice.protocol.name: run.models.open(choice.protocol) for choice in choices}
     for choice in choices:
@@ -125,6 +130,18 @@ def evaluate(choices: Sequence[Choice], run: Run) -> Evaluation:
         machine=f"{platform.machine()}, {platform.system()}",
         protocols=tuple(records),
     )
+
+
+def _check_sizes(choice: Choice, everything: Sequence[Case], cases: Sequence[Case], run: Run) -> None:
+    """Whether every runtime can make images of the sizes that the prompts ask for; or a line that says they aren't."""
+    for spec in run.specs:
+        check_sizes(choice.protocol.name, cases, spec)
+    chosen = {case.id for case in cases}
+    if choice.own_size and (asked := [one.size for one in everything if one.size and one.id in chosen]):
+        run.say(
+            f"{choice.protocol.name}: images of {sizes_in_words(asked)} pixels are asked for, and all are made in each "
+            "model's own size"
+        )
 
 
 @dataclass
@@ -183,10 +200,11 @@ def _measured(
 ) -> ProtocolRecord:
     """One protocol's record, of the images that were ``made`` by each runtime."""
     name, settings = choice.protocol.name, choice.settings()
-    sizes = {spec.name: image_size(made[spec.name].files[cases[0].id]) for spec in run.specs}
+    sizes = {spec.name: [image_size(made[spec.name].files[case.id]) for case in cases] for spec in run.specs}
     sampling = choice.protocol.sampling
-    for runtime, (height, width) in sizes.items():
-        if (sampling.width or width, sampling.height or height) != (width, height):
+    for runtime, made_sizes in sizes.items():
+        height, width = next((size for case, size in zip(cases, made_sizes, strict=True) if not case.size), (0, 0))
+        if height and (sampling.width or width, sampling.height or height) != (width, height):
             asked = f"{sampling.width} x {sampling.height}"
             run.say(f"{name} is of images of {asked} pixels, and those of {runtime} have {width} x {height}")
     images = [
@@ -205,7 +223,7 @@ def _measured(
         {
             **settings,
             "networks": networks,
-            "image_sizes": {runtime: f"{width} x {height}" for runtime, (height, width) in sizes.items()},
+            "image_sizes": {runtime: sizes_in_words(made_sizes) for runtime, made_sizes in sizes.items()},
         },
         choice.protocol.figures(choice.parameters),
         run.specs,
@@ -215,6 +233,7 @@ def _measured(
         run.models,
         everything,
         run.folder,
+        run.edit_seconds,
     )
 
 

@@ -1,8 +1,8 @@
 """The images of an evaluation's cases: resumable, and the same files wherever a run was ended.
 
-The batch that an image is computed in is a function of the list of cases alone: the cases of one guidance scale, in
-order, cut into shards of ``batch_size``. A shard that isn't complete is computed as a whole again, and only what is
-missing of it is written, so that rounding never depends on where a run was ended.
+The batch that an image is computed in is a function of the list of cases alone: the cases of one guidance scale and
+size, in order, cut into shards of ``batch_size``. A shard that isn't complete is computed as a whole again, and only
+what is missing of it is written, so that rounding never depends on where a run was ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from excise.serve.runtime import Progress, Request, Runtime
 #: Where the runtimes' folders of images are.
 IMAGES = "images"
 
-#: The cases of one batch, all of one guidance scale.
+#: The cases of one batch, all of one guidance scale and size.
 Shard = tuple[Case, ...]
 
 
@@ -83,7 +83,8 @@ class Generated:
 
 
 def shards(cases: Sequence[Case], batch_size: int) -> tuple[Shard, ...]:
-    """The batches that cases are computed in: by guidance scale in the order of first appearance, then consecutive.
+    """The batches that cases are computed in: by guidance scale and size in the order of first appearance, then as they
+    stand.
 
     Raises:
         UsageError: no case, two of one id, or no batch.
@@ -96,12 +97,12 @@ def shards(cases: Sequence[Case], batch_size: int) -> tuple[Shard, ...]:
     if len(set(ids)) < len(ids):
         repeated = next(one for one in ids if ids.count(one) > 1)
         raise UsageError(f"two cases are called {repeated}: an image's file is named by its case")
-    scales: dict[float, list[Case]] = {}
+    settings: dict[tuple[float, tuple[int, int] | None], list[Case]] = {}
     for case in cases:
-        scales.setdefault(case.guidance_scale, []).append(case)
+        settings.setdefault((case.guidance_scale, case.size), []).append(case)
     return tuple(
         tuple(alike[start : start + batch_size])
-        for alike in scales.values()
+        for alike in settings.values()
         for start in range(0, len(alike), batch_size)
     )
 
@@ -113,8 +114,13 @@ def digest(value: Any) -> str:
 
 
 def cases_digest(cases: Iterable[Case]) -> str:
-    """SHA-256 of a list of cases with all that they say, in its order."""
-    return digest([asdict(case) for case in cases])
+    """SHA-256 of a list of cases with all that they say, in its order; a size counts where a case asks for one."""
+    optional = ("height", "width")
+    said = [
+        {name: value for name, value in asdict(case).items() if value is not None or name not in optional}
+        for case in cases
+    ]
+    return digest(said)
 
 
 def generate(
@@ -163,7 +169,10 @@ def compute(
     Raises:
         ArtefactError: the runtime returned something else than as many images.
     """
-    requests = [Request(case.prompt, negative_prompt=case.negative_prompt, seed=case.seed) for case in shard]
+    requests = [
+        Request(case.prompt, negative_prompt=case.negative_prompt, seed=case.seed, height=case.height, width=case.width)
+        for case in shard
+    ]
     started = time.perf_counter()
     images = runtime.generate(
         requests,
@@ -219,7 +228,11 @@ class Plan:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self._folder} can't be made: {error.strerror}") from error
-        self._size: tuple[int, int] | None = None
+        #: What a case asks for → (height, width) of its image, of those that are there.
+        self._sizes: dict[tuple[int, int] | None, tuple[int, int]] = {
+            case.size: case.size for case in cases if case.size
+        }
+        self._asked = {case.id: case.size for case in cases}
         states = self._look(progress)
         self._missing = {id for id, state in states.items() if state is not ImageState.WHOLE}
         self._damaged = tuple(id for id, state in states.items() if state is ImageState.DAMAGED)
@@ -236,8 +249,8 @@ class Plan:
             self._metadata.items(), f"{self.name}: looking", unit="image", file=sys.stderr, disable=not shown
         ):
             states[id] = inspect_image(self.path(id), metadata)
-            if states[id] is ImageState.WHOLE and self._size is None:
-                self._size = image_size(self.path(id))
+            if states[id] is ImageState.WHOLE and self._asked[id] not in self._sizes:
+                self._sizes[self._asked[id]] = image_size(self.path(id))
         return states
 
     def path(self, id: str) -> Path:
@@ -263,15 +276,21 @@ class Plan:
         """Write what is missing of a shard; ``images`` are all of it, with shape (n, height, width, 3).
 
         Raises:
-            ArtefactError: they have another size than the images that are there.
+            ArtefactError: they have another size than their cases ask for, or than the images that are there.
             OutputError: one can't be written; those before it stay.
         """
         height, width = images.shape[1:3]
-        self._size = self._size or (height, width)
-        if (height, width) != self._size:
+        asked = shard[0].size
+        wanted = self._sizes.setdefault(asked, (height, width))
+        if (height, width) != wanted:
+            made = f"{self.name} made images of {width} × {height} pixels"
+            if asked is None:
+                raise ArtefactError(
+                    f"{made}, and those before have {wanted[1]} × {wanted[0]}: it must keep to one size"
+                )
             raise ArtefactError(
-                f"{self.name} made images of {width} × {height} pixels, and those before have {self._size[1]} × "
-                f"{self._size[0]}: it must keep to one size"
+                f"{made}, and case {shard[0].id} asks for {wanted[1]} × {wanted[0]}: give --image-size own to take "
+                "each model's own, or a runtime that can make it"
             )
         self._seconds, self._computed = self._seconds + seconds, self._computed + len(shard)
         for case, image in zip(shard, images, strict=True):

@@ -20,6 +20,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from excise.errors import UsageError
+from excise.eval.cases import SIDE
 from excise.eval.prompt_text import short
 from excise.named_file import read_named
 from excise.printable import printable
@@ -29,6 +30,8 @@ from excise.serve.denoising import LARGEST_KEY
 ROW_LIMIT: Final = 100_000
 #: Bytes of a file; COCO-30k has 2.4 MB.
 FILE_LIMIT: Final = 2**28
+#: Pixels of an image's side; more is a slip in the file, and would end in a machine without memory.
+LARGEST_SIDE: Final = 4096
 
 # ``int`` and ``float`` also take underscores, other scripts' digits and "nan". Spreadsheets write whole numbers as 7.0.
 _WHOLE = re.compile(r"([0-9]{1,19})(?:\.0*)?")
@@ -50,6 +53,8 @@ class Columns(BaseModel):
     label: str | None = Field(default=None, description="a column's name, or null")
     id: str | None = Field(default=None, description="a column's name, or null for the row's number")
     negative_prompt: str | None = Field(default=None, description="a column's name, or null")
+    width: str | None = Field(default=None, description="a column's name, or null for the model's own size")
+    height: str | None = Field(default=None, description="a column's name, or null for the model's own size")
 
     def named(self) -> dict[str, str]:
         """What is read → its column."""
@@ -68,6 +73,8 @@ class PromptRow:
     guidance_scale: float | None = None
     label: str | None = None
     negative_prompt: str | None = None
+    width: int | None = None  #: pixels
+    height: int | None = None
 
 
 def read_prompt_file(
@@ -91,7 +98,8 @@ def read_prompt_file(
     Raises:
         UsageError: a file that can't be read, is too large, in UTF-16 or holds a zero byte; a missing column, with the
             names of those that are there; a row with too few or too many cells; an empty prompt, label or id; a seed or
-            guidance scale that is no number; ids that stand twice; no prompt at all.
+            guidance scale that is no number; a side that is no multiple of 8 pixels; ids that stand twice; no prompt at
+            all.
 
     Warns:
         PromptEncodingWarning: the file isn't UTF-8.
@@ -178,6 +186,8 @@ def _table_rows(
                 guidance_scale=row.guidance(),
                 label=row.word("label"),
                 negative_prompt=row.raw("negative_prompt"),
+                width=row.side("width"),
+                height=row.side("height"),
             )
         )
     return rows
@@ -260,6 +270,15 @@ class _Row:
         if math.isinf(value):
             raise self._refusal("guidance", cell, "give a number of 0 or more, such as 7.5")
         return value
+
+    def side(self, name: str) -> int | None:
+        cell = self.word(name)
+        if cell is None:
+            return None
+        match = _WHOLE.fullmatch(cell)
+        if match is None or not SIDE <= int(match[1]) <= LARGEST_SIDE or int(match[1]) % SIDE:
+            raise self._refusal(name, cell, f"give pixels, a multiple of {SIDE} up to {LARGEST_SIDE}")
+        return int(match[1])
 
     def _refusal(self, name: str, cell: str, remedy: str) -> UsageError:
         return UsageError(f"{self.where}: {printable(self.names[name])} = {short(cell)}: {remedy}")

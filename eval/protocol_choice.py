@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Choice:
     num_inference_steps: int | None = None
     #: Take each model's own scheduler, whatever the protocol names.
     own_scheduler: bool = False
+    #: Make every image in its model's own size, whatever the prompts ask for.
+    own_size: bool = False
 
     def all_cases(self) -> tuple[Case, ...]:
         """Every case of the protocol.
@@ -45,7 +47,8 @@ class Choice:
         chosen = tuple(everything)
         if self.sample is not None:
             chosen = sample(chosen, self.sample, self.sample_seed)
-        return chosen if self.limit is None else limit(chosen, self.limit)
+        chosen = chosen if self.limit is None else limit(chosen, self.limit)
+        return tuple(replace(case, height=None, width=None) for case in chosen) if self.own_size else chosen
 
     @property
     def steps(self) -> int:
@@ -58,6 +61,8 @@ class Choice:
         document["sampling"]["num_inference_steps"] = self.steps
         if self.own_scheduler:
             document["sampling"]["scheduler"] = "each model's own"
+        if self.own_size:
+            document["sampling"]["size"] = "each model's own"
         chosen = {"limit": self.limit, "sample": self.sample}
         document["chosen"] = {name: value for name, value in chosen.items() if value is not None}
         if self.sample is not None:

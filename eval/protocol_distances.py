@@ -6,6 +6,7 @@ itself does, every figure says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
@@ -15,6 +16,7 @@ from excise.eval import bootstrap
 from excise.eval.cases import ERASED, KEPT, Case
 from excise.eval.distance_bootstrap import distance
 from excise.eval.evaluation import Measure
+from excise.eval.image_file import image_size
 from excise.eval.permutation import mmd_p_value
 from excise.eval.pixel_movement import Movements, psnr_of
 from excise.eval.protocol_measures import Figures, Real, groups_of, members, named
@@ -48,7 +50,7 @@ def apart(
     if metric.name in ("fid", "kid"):
         return dict(_of_features(metric, first, second, models)), {}
     if metric.name == "psnr":
-        values = psnr_of(squared[first.name, second.name], size)
+        values = _psnr(squared[first.name, second.name], size, second)
         return dict(_of_psnr(metric, values, second.cases)), {"psnr": np.where(np.isfinite(values), values, np.nan)}
     figures: Figures = {}
     by_image: Values = {}
@@ -79,6 +81,14 @@ def _of_features(
         rows = members(second.cases, group)
         kind = cast(Literal["fid", "kid"], metric.name)
         yield named(metric.name, group), distance(kind, extractor.name, a[rows], b[rows])
+
+
+def _psnr(squared: Real, size: int, images: RunImages) -> Real:
+    """PSNR of each pair, of ``size`` values or, where cases ask for sizes of their own, of as many as its image has."""
+    if not any(case.size for case in images.cases):
+        return psnr_of(squared, size)
+    sizes = [3 * math.prod(image_size(file)) for file in images.pictures.files]
+    return np.concatenate([psnr_of(squared[row : row + 1], values) for row, values in enumerate(sizes)])
 
 
 def _of_psnr(metric: Metric, values: Real, cases: Sequence[Case]) -> Iterator[tuple[str, Measure]]:

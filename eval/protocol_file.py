@@ -20,19 +20,21 @@ from excise.eval.evaluation import PaperFigure
 from excise.eval.prompt_file import PromptRow, read_prompt_file
 from excise.eval.prompt_text import short
 from excise.eval.protocol_demo import BUILTIN
+from excise.eval.protocol_hub import hub_file
 from excise.eval.protocol_schema import (
     AnyKindOfRule,
     AnyRule,
     BuiltinPrompts,
     Detector,
-    FilePrompts,
     Groups,
+    HubPrompts,
     Metric,
     Name,
     Part,
     Prompts,
     Published,
     Sampling,
+    TablePrompts,
     Whole,
 )
 from excise.eval.protocol_yaml import LIMIT, Problem, parse_yaml, validated
@@ -53,7 +55,7 @@ class ProtocolFile(Part):
     version: Whole = Field(ge=1, description="a whole number, raised whenever figures may change")
     title: str = Field(min_length=1, description="text on one line")
     note: str = Field(default="", description="text: what is known of the published protocol, and what differs")
-    prompts: Prompts = Field(description="fields, of which source is file or builtin")
+    prompts: Prompts = Field(description="fields, of which source is file, hub or builtin")
     groups: Groups = Field(description="all, erased or kept; or erased, a list of labels or chosen")
     sampling: Sampling = Field(default=Sampling(), description="steps, guidance and scheduler")
     detectors: tuple[Detector, ...] = Field(default=(), description="a list of detectors")
@@ -64,7 +66,7 @@ class ProtocolFile(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> ProtocolFile:
-        if isinstance(self.prompts, FilePrompts) and self.groups.erased and not self.prompts.columns.label:
+        if isinstance(self.prompts, TablePrompts) and self.groups.erased and not self.prompts.columns.label:
             raise Problem(("groups", "erased"), "goes by labels: name their column, prompts.columns.label")
         names = [detector.name for detector in self.detectors]
         if len(set(names)) < len(names):
@@ -103,7 +105,7 @@ class ProtocolFile(Part):
 
         Args:
             prompts: the file of prompts, or a folder that holds it under its usual name. None is the file beside a
-                user's own protocol file.
+                user's own protocol file, or the hub's where that names a data set.
             chosen: the run's parameters, as ``--set NAME=VALUE`` gives them.
 
         Raises:
@@ -199,7 +201,7 @@ class ProtocolFile(Part):
             return self.groups.all
         return "erased" if label in erased else "kept"
 
-    def _case(self, prompts: FilePrompts, row: PromptRow, group: str, path: Path) -> Case:
+    def _case(self, prompts: TablePrompts, row: PromptRow, group: str, path: Path) -> Case:
         try:
             return Case(
                 id=row.id,
@@ -209,16 +211,20 @@ class ProtocolFile(Part):
                 group=group,
                 label=row.label,
                 negative_prompt=row.negative_prompt or "",
+                height=row.height,
+                width=row.width,
             )
         except UsageError as error:
             raise UsageError(f"{printable(path)}:{row.line}: {error}") from error
 
-    def _prompt_path(self, prompts: FilePrompts, given: Path | None) -> Path:
+    def _prompt_path(self, prompts: TablePrompts, given: Path | None) -> Path:
         if given is not None:
             return given / prompts.file if given.is_dir() else given
+        if isinstance(prompts, HubPrompts):
+            return hub_file(self.name, prompts)
         if self._folder is not None:
             return self._folder / prompts.file
-        where = f"; {prompts.where}" if prompts.where else ""
+        where = f"; {told}" if (told := getattr(prompts, "where", "")) else ""
         raise UsageError(f"{self.name} needs its prompts, which aren't shipped: give --prompts {prompts.file}{where}")
 
 

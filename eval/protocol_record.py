@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def record(
     models: ProtocolModels,
     labelled: Sequence[Case],
     folder: Path,
+    edit_seconds: Mapping[str, float] = MappingProxyType({}),
 ) -> ProtocolRecord:
     """Measure everything that a protocol asks for.
 
@@ -41,6 +43,7 @@ def record(
         images: one of each spec, in their order.
         labelled: every case of the protocol, whatever was run.
         folder: the report's, which the images' paths are relative to.
+        edit_seconds: by runtime, what its edit took to make, as its user measured it.
 
     Raises:
         UsageError: runtimes whose images differ in size.
@@ -51,7 +54,7 @@ def record(
     pairs = moved_pairs(list(runs), roles, protocol)
     squared, size = movements({name: run.images.pictures for name, run in runs.items()}, pairs, progress=progress)
     for spec in specs:
-        _measure(runs[spec.name], spec, protocol, runs, roles, models, squared, size)
+        _measure(runs[spec.name], spec, protocol, runs, roles, models, squared, size, edit_seconds.get(spec.name))
     comparisons = [
         compared(pair, protocol, runs, roles, models, squared, size) for pair in compared_pairs(list(runs), roles)
     ]
@@ -94,6 +97,7 @@ def _measure(
     models: ProtocolModels,
     squared: Movements,
     size: int,
+    edit_seconds: float | None,
 ) -> None:
     """A runtime's own figures, and those that compare it with the unedited model's images."""
     cases = run.images.cases
@@ -112,14 +116,21 @@ def _measure(
         elif metric.name == "weights_changed":
             run.figures["weights_changed"] = weights_changed(spec)
         elif metric.name == "edit_seconds":
-            why = "an edit file holds no times"
-            run.figures["edit_seconds"] = Measure(value=None, n=0, unit="s", better="lower", error=why)
+            run.figures["edit_seconds"] = _seconds(edit_seconds)
         elif "base" in metric.against:
             base = runs[roles.base].images if roles.base is not None else None
             figures, values = apart(metric, "base", base, run.images, models, squared, size)
             run.figures |= figures
             if metric.name == "lpips":  # of PSNR, an image's is the one to the reference
                 run.values |= values
+
+
+def _seconds(given: float | None) -> Measure:
+    """What an edit took to make. Nothing here can measure it: an edit file holds no times, since its id is a digest."""
+    if given is None:
+        why = "an edit file holds no times: give --edit-seconds NAME=SECONDS, as excise edit printed them"
+        return Measure(value=None, n=0, unit="s", better="lower", error=why)
+    return Measure(value=given, n=1, unit="s", method="as given", better="lower")
 
 
 def _case(row: int, case: Case, runs: Mapping[str, Measured], folder: Path) -> CaseRecord:

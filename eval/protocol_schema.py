@@ -29,22 +29,50 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 GroupName = Literal["erased", "kept"]
 
 
-class FilePrompts(Part):
-    """Prompts of a file that the user has. Published sets are never shipped, and nothing is downloaded."""
+class TablePrompts(Part):
+    """Prompts of a file, whoever has it."""
 
-    source: Literal["file"]
+    source: str
     file: str = Field(min_length=1, description="the file's usual name, also inside a folder that is given instead")
-    where: str = Field(default="", description="text: where to get the file")
     count: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="a whole number: how many prompts the published set has"
     )
     columns: Columns = Field(
-        default=Columns(), description="column names: prompt, seed, guidance, label, id, negative_prompt"
+        default=Columns(), description="column names: prompt, seed, guidance, label, id, negative_prompt, width, height"
     )
     duplicate_ids: Literal["refuse", "number"] = Field(default="refuse", description="refuse or number")
     empty_prompts: Literal["refuse", "keep"] = Field(default="refuse", description="refuse or keep")
     #: Row n of a file without a column of seeds gets this seed + n.
     first_seed: Whole = Field(default=0, ge=0, description="a whole number of 0 or more")
+
+    @model_validator(mode="after")
+    def _sized(self) -> TablePrompts:
+        if (self.columns.width is None) != (self.columns.height is None):
+            raise Problem(("columns",), "an image has two sides: name both columns, width and height, or neither")
+        return self
+
+
+class FilePrompts(TablePrompts):
+    """Prompts of a file that the user has. Published sets are never shipped, and nothing is downloaded."""
+
+    source: Literal["file"]
+    where: str = Field(default="", description="text: where to get the file")
+
+
+#: A file's path inside a folder, which it doesn't leave.
+_INSIDE = r"^[A-Za-z0-9_][\w -]*(\.[\w -]+)*(/[\w -]+(\.[\w -]+)*)*$"
+
+
+class HubPrompts(TablePrompts):
+    """Prompts of a data set of the Hugging Face hub, at one commit: another would be other prompts."""
+
+    source: Literal["hub"]
+    file: str = Field(pattern=_INSIDE, description="the file's path in the data set, such as data/prompts.csv")
+    dataset: str = Field(
+        pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", description="the data set's name, such as OWNER/NAME"
+    )
+    #: Not a branch or a tag, which move.
+    revision: str = Field(pattern="^[0-9a-f]{40}$", description="a commit of the data set, 40 digits from 0 to f")
 
 
 class Images(Part):
@@ -62,7 +90,7 @@ class BuiltinPrompts(Part):
     images: Images = Field(default=Images(), description="images a prompt: erased and kept")
 
 
-Prompts = Annotated[FilePrompts | BuiltinPrompts, Field(discriminator="source")]
+Prompts = Annotated[FilePrompts | HubPrompts | BuiltinPrompts, Field(discriminator="source")]
 
 
 class Groups(Part):

@@ -3,6 +3,7 @@
 What is fixed here so that another runtime can do exactly the same:
 
 - the initial latents are ``initial_latents``; the pipeline itself multiplies them by ``scheduler.init_noise_sigma``;
+- an image has the pipeline's own size unless the request names another, in multiples of 8 pixels;
 - prompts are padded to the tokenizer's maximal length, and a longer prompt is refused instead of cut;
 - the image is ``vae.decode(latents / scaling_factor)``, mapped to [0, 1], clipped, times 255 and rounded; no safety
   checker ever replaces it.
@@ -10,6 +11,7 @@ What is fixed here so that another runtime can do exactly the same:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from excise.errors import PromptTooLong, UsageError
 from excise.serve.denoising import Denoising, OnStep, check_requests
 from excise.serve.guidance import CLASSIFIER_FREE, Guidance
-from excise.serve.runtime import Progress, Request, initial_latents
+from excise.serve.runtime import Progress, Request, initial_latents, requested_size
 from excise.serve.schedulers import scheduler_from_config
 
 
@@ -43,9 +45,9 @@ class TorchRuntime:
         pipeline.set_progress_bar_config(disable=True)
         sample_size = pipeline.unet.config.sample_size
         height, width = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
-        #: (channels, height, width) of one image's latents.
+        #: (channels, height, width) of the latents of an image of the pipeline's own size.
         self.latent_shape: tuple[int, int, int] = (pipeline.unet.config.in_channels, height, width)
-        #: (height, width) of one image, in pixels.
+        #: (height, width) of such an image, in pixels.
         self.image_size: tuple[int, int] = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
 
     def generate(
@@ -64,7 +66,7 @@ class TorchRuntime:
 
         Raises:
             PromptTooLong: a prompt or negative prompt has more tokens than the text encoder reads.
-            UsageError: ``prompt_embeds`` of another shape.
+            UsageError: ``prompt_embeds`` of another shape, requests of several sizes, or a size that can't be made.
         """
         latents = self.denoise(
             requests,
@@ -74,7 +76,7 @@ class TorchRuntime:
             prompt_embeds=prompt_embeds,
         )
         images = [self._decode(latents[start : start + self.batch_size]) for start in self._starts(requests)]
-        return np.concatenate([np.zeros((0, *self.image_size, 3), np.uint8), *images])
+        return np.concatenate([np.zeros((0, *self._size(requests), 3), np.uint8), *images])
 
     def denoise(
         self,
@@ -92,14 +94,14 @@ class TorchRuntime:
 
         Raises:
             PromptTooLong: a prompt or negative prompt has more tokens than the text encoder reads.
-            UsageError: ``prompt_embeds`` of another shape.
+            UsageError: ``prompt_embeds`` of another shape, requests of several sizes, or a size that can't be made.
         """
         for request in requests:
             self._check_length(request.prompt)
             self._check_length(request.negative_prompt)
         self._check_embeds(prompt_embeds, len(requests))
         starts = self._starts(requests)
-        latents = [np.zeros((0, *self.latent_shape), np.float32)]
+        latents = [np.zeros((0, *self._latents_of(requests)), np.float32)]
         for number, start in enumerate(starts):
             chosen = slice(start, start + self.batch_size)
 
@@ -133,14 +135,15 @@ class TorchRuntime:
         if prompt_embeds is not None:
             unet = self.pipeline.unet
             text = {"prompt_embeds": torch.from_numpy(prompt_embeds).to(unet.device, unet.dtype)}
+        height, width = self._size(batch)
         output = self.pipeline(
             **text,
             negative_prompt=[request.negative_prompt for request in batch],
-            height=self.image_size[0],
-            width=self.image_size[1],
+            height=height,
+            width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            latents=torch.from_numpy(initial_latents(batch, self.latent_shape)).to(self.pipeline.unet.dtype),
+            latents=torch.from_numpy(initial_latents(batch, self._latents_of(batch))).to(self.pipeline.unet.dtype),
             output_type="latent",
             callback_on_step_end=step_done,
         )
@@ -161,7 +164,7 @@ class TorchRuntime:
         denoising = Denoising(
             lambda sample, timestep, states, edit_index=None: self.predict(sample, timestep, states),
             scheduler_from_config({**scheduler.config, "_class_name": type(scheduler).__name__}),
-            initial_latents(batch, self.latent_shape),
+            initial_latents(batch, self._latents_of(batch)),
             self.encode([request.prompt for request in batch]) if prompt_embeds is None else prompt_embeds,
             self.encode([request.negative_prompt for request in batch]),
             num_inference_steps=num_inference_steps,
@@ -176,6 +179,15 @@ class TorchRuntime:
         wanted = (requests, self.pipeline.tokenizer.model_max_length, config.hidden_size)
         if prompt_embeds is not None and prompt_embeds.shape != wanted:
             raise UsageError(f"prompt_embeds has shape {prompt_embeds.shape}: give {wanted}")
+
+    def _size(self, requests: Sequence[Request]) -> tuple[int, int]:
+        """(height, width) in pixels that all ask for: multiples of 8, as diffusers wants, and of the VAE's factor."""
+        return requested_size(requests, self.image_size, math.lcm(8, self.pipeline.vae_scale_factor))
+
+    def _latents_of(self, requests: Sequence[Request]) -> tuple[int, int, int]:
+        """(channels, height, width) of the requests' latents."""
+        height, width = (side // self.pipeline.vae_scale_factor for side in self._size(requests))
+        return (self.latent_shape[0], height, width)
 
     def _starts(self, requests: Sequence[Request]) -> range:
         return range(0, len(requests), self.batch_size)

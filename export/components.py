@@ -72,6 +72,8 @@ def export_components(
     options: ExportOptions,
     say: Callable[[str], None],
     sizes: Sizes | None = None,
+    *,
+    scattered: str | None = None,
 ) -> None:
     """Write the pipeline's ONNX models and configurations to ``folder``; nothing else reaches the terminal.
 
@@ -83,6 +85,7 @@ def export_components(
         options: Precisions and operator set.
         say: Told each component, and Optimum's doubts.
         sizes: Fixed shapes; None for dynamic ones.
+        scattered: The component whose external data is left as PyTorch wrote it, a file a tensor, for ``separate``.
 
     Raises:
         ArtefactError: Optimum failed; the message is the cause's first line.
@@ -99,7 +102,9 @@ def export_components(
         for name in list(models):
             say(f"exporting {name} to ONNX")
             with quiet():
-                doubts = list(_export_one(name, *models.pop(name), folder / name, options, sizes))
+                doubts = list(
+                    _export_one(name, *models.pop(name), folder / name, options, sizes, together=name != scattered)
+                )
                 _let_go(pipe, name)
             for doubt in doubts:
                 say(f"{name}: {doubt}")
@@ -157,7 +162,14 @@ def to_half(module: Any) -> None:
 
 
 def _export_one(
-    name: str, model: Any, description: Any, folder: Path, options: ExportOptions, sizes: Sizes | None
+    name: str,
+    model: Any,
+    description: Any,
+    folder: Path,
+    options: ExportOptions,
+    sizes: Sizes | None,
+    *,
+    together: bool,
 ) -> Iterator[str]:
     """Export one model and compare it with torch on Optimum's dummy inputs; yields what Optimum doubts."""
     from optimum.exporters.error_utils import AtolError, OutputMatchError
@@ -176,7 +188,7 @@ def _export_one(
             dtype=precision,
             no_dynamic_axes=sizes is not None,
         )
-    if path.is_file():
+    if path.is_file() and together:
         gather(path)
     if not path.is_file():
         raise ArtefactError(f"the export to ONNX failed: Optimum wrote no {name}/{MODEL}")

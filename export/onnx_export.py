@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from excise.editfile import Edit
 from excise.errors import NoCrossAttention, NumericsError
 from excise.export.components import export_components, fixed_sizes
 from excise.export.denoisers import Denoiser, check_exportable, family_of, make_inputs
@@ -18,7 +19,6 @@ from excise.export.local_paths import remove_local_paths
 from excise.export.options import ExportOptions, Precision, make_options
 from excise.export.parity import DenoiserInputs, onnx_outputs, torch_outputs
 from excise.export.pipeline import (
-    WeightEdit,
     apply_edit,
     denoiser_for,
     is_local,
@@ -46,7 +46,7 @@ def export_pipeline(
     model: Path | str,
     out: Path,
     *,
-    edit: WeightEdit | None = None,
+    edit: Edit | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
     prompts: Sequence[str] | None = None,
@@ -56,9 +56,9 @@ def export_pipeline(
     """Export ``model`` to ONNX in the new folder ``out``, which appears whole or not at all.
 
     The folder is Optimum's, with each ``tokenizer.json`` and ``excise.json`` added and the denoiser's files laid out
-    for patching (``export.layout``). Every weight that the edit moves, or that another edit could, is found again in
-    the denoiser's ``model.onnx`` and compared exactly. The edit is applied in float32; in float16 its result is rounded
-    once. A safety checker is left out: Optimum doesn't export it.
+    for patching (``export.layout``). Every weight that the edit moves, or that ``options`` have another edit move, is
+    found again in the denoiser's ``model.onnx`` and compared exactly. The edit is applied in float32; in float16 its
+    result is rounded once. A safety checker is left out: Optimum doesn't export it.
 
     Args:
         model: A diffusers folder, or a hub id (``owner/name``), of a family of ``export.denoisers``.
@@ -96,6 +96,10 @@ def export_pipeline(
     movable = family.sites_of(denoiser)
     if not movable:
         raise NoCrossAttention(f"{model} has no weights that read the text: there is nothing to edit")
+    if chosen.editable == "all":
+        movable = tuple(name for name, _ in denoiser.named_parameters())
+    if edit is not None:
+        movable = tuple(dict.fromkeys([*movable, *edit.sites]))
     unedited = _copies(denoiser, movable)
     sizes = None if chosen.static is None else fixed_sizes(pipe, family, chosen.static)
     reference = None
@@ -105,15 +109,15 @@ def export_pipeline(
             pipe, family, prompts or (edit.summary, *PROMPTS), size=None if sizes is None else sizes.latents
         )
         reference = _apply(denoiser_for(pipe, edit), edit, inputs, force=force)
-    weights = _copies(denoiser, movable if edit is None else tuple(dict.fromkeys([*movable, *edit.sites])))
+    weights = _copies(denoiser, movable)
     _check_range(weights, chosen.dtype)
     base = _describe(model, pipe, family)
     del denoiser  # the exporter lets go of what it has exported
     with new_folder(out) as folder:
-        export_components(pipe, folder, chosen, say, sizes)
+        export_components(pipe, folder, chosen, say, sizes, scattered=family.component)
         file = f"{family.component}/{MODEL}"
         write_base(folder / family.component / BASE, unedited)
-        entries = _finish_denoiser(folder, file, weights, movable, edit)
+        entries = _finish_denoiser(folder, file, weights, edit)
         _write_tokenizers(folder, pipe, say)
         remove_local_paths(folder)
         figures = {}
@@ -141,7 +145,7 @@ class _Reference:
     after: NDArray[np.float32]
 
 
-def _apply(denoiser: Any, edit: WeightEdit, inputs: DenoiserInputs, *, force: bool) -> _Reference:
+def _apply(denoiser: Any, edit: Edit, inputs: DenoiserInputs, *, force: bool) -> _Reference:
     """Edit the torch denoiser; an edit without effect is refused before the long part."""
     before = torch_outputs(denoiser, inputs)
     apply_edit(denoiser, edit, force=force)
@@ -175,13 +179,11 @@ def _measure(
     return figures
 
 
-def _finish_denoiser(
-    folder: Path, file: str, weights: Weights, movable: Sequence[str], edit: WeightEdit | None
-) -> dict[str, WeightEntry]:
+def _finish_denoiser(folder: Path, file: str, weights: Weights, edit: Edit | None) -> dict[str, WeightEntry]:
     """Separate merged initialisers, lay the files out for patching, map and check every weight, store the edit's id."""
     path = folder / file
-    unshare(path, weights)
-    separate(path, movable)
+    unshare(path)
+    separate(path, weights)
     if edit is not None:
         partial = path.with_suffix(".partial")
         write_metadata(path, partial, {EDIT_ID: edit.id})

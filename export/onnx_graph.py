@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_INPUT = {"weight": {"MatMul": 1, "Gemm": 1, "Conv": 1}, "bias": {"Gemm": 2, "Conv": 2, "Add": 0}}
+#: Operators of a module's nodes, each with the input that is its weight or bias.
+_INPUT = {
+    "weight": {"MatMul": 1, "Gemm": 1, "Conv": 1, "LayerNormalization": 1},
+    "bias": {"Gemm": 2, "Conv": 2, "LayerNormalization": 2},
+}
+#: Where there are none of those: a bias is added, and norms that are several nodes multiply by their weight. Either
+#: input may hold it.
+_ELEMENTWISE = {"weight": "Mul", "bias": "Add"}
 
 
 def node_prefix(name: str) -> str:
@@ -38,11 +45,18 @@ def node_prefix(name: str) -> str:
 
 @dataclass(frozen=True)
 class Location:
-    """A node, the initialiser that it reads, and whether that is the torch weight's transpose."""
+    """A node, the initialiser that it reads, and how that holds the torch weight.
+
+    Attributes:
+        node, initializer: Their names.
+        transposed: Whether the initialiser is the weight's transpose.
+        vector: Whether the weight is a vector, where the initialiser may have axes of size 1 beside: (c, 1, 1).
+    """
 
     node: str
     initializer: str
     transposed: bool
+    vector: bool = False
 
 
 class Graph:
@@ -78,7 +92,7 @@ class Graph:
         """The node of torch weight ``name`` and the initialiser that it reads, by path alone.
 
         Raises:
-            ArtefactError: There is no such node, or what it reads isn't an initialiser.
+            ArtefactError: There is no such node, or what it reads isn't an initialiser, or several nodes could be it.
         """
         prefix, kind = node_prefix(name), name.rpartition(".")[2]
         for operator, position in _INPUT[kind].items():
@@ -86,13 +100,8 @@ class Graph:
             if node is not None and node.op_type == operator and len(node.input) > position:
                 break
         else:
-            there = sorted(other for other in self.nodes if other.startswith(prefix))
-            found = f"only {', '.join(there[:3])}" if there else "nothing there"
-            raise ArtefactError(f"{name} is not in {self.path}: no node {prefix}{next(iter(_INPUT[kind]))}, {found}")
-        inputs = list(node.input)
-        if operator == "Add" and self._root(inputs[0])[0] not in self.initializers:
-            position = 1
-        source, flips = self._root(inputs[position])
+            return self._elementwise(name, prefix, kind)
+        source, flips = self._root(node.input[position])
         if source not in self.initializers:
             raise ArtefactError(
                 f"{name} is not in {self.path}: input {position} of {node.name} is {source}, not an initialiser"
@@ -101,8 +110,45 @@ class Graph:
         stored = operator == "MatMul" or (operator == "Gemm" and position == 1 and not _attribute(node, "transB"))
         return Location(node.name, source, stored != bool(flips % 2))
 
-    def _node(self, prefix: str, operator: str) -> NodeProto | None:
-        """The node of a module: by its name, or by the scope that torch's dynamo exporter notes of it."""
+    def _elementwise(self, name: str, prefix: str, kind: str) -> Location:
+        """The one product or sum of a module that reads an initialiser of more than one number.
+
+        Norms have others: of the variance and ε, say.
+        """
+        operator, number, found = _ELEMENTWISE[kind], 0, []
+        while (node := self._node(prefix, operator + (f"_{number}" if number else ""), operator)) is not None:
+            for source in {self._root(one)[0] for one in node.input} & self.initializers.keys():
+                if math.prod(self.initializers[source].dims) > 1:
+                    found.append(Location(node.name, source, transposed=False, vector=True))
+            number += 1
+        if len(found) > 1:
+            raise ArtefactError(
+                f"{name} of {self.path} can't be told: {found[0].node} reads {found[0].initializer}, "
+                f"and {found[1].node} {found[1].initializer}"
+            )
+        if not found:
+            there = sorted(other for other in self.nodes if other.startswith(prefix))
+            only = f"only {', '.join(there[:3])}" if there else "nothing there"
+            raise ArtefactError(
+                f"{name} is not in {self.path}: no node {prefix}{next(iter(_INPUT[kind]))} and no {prefix}{operator} "
+                f"of an initialiser, {only}"
+            )
+        if len([size for size in self.initializers[found[0].initializer].dims if size != 1]) > 1:
+            shape = tuple(self.initializers[found[0].initializer].dims)
+            raise ArtefactError(
+                f"{name} is not in {self.path}: {found[0].node} reads {found[0].initializer} of shape {shape}, "
+                "which isn't a vector"
+            )
+        return found[0]
+
+    def _node(self, prefix: str, title: str, operator: str | None = None) -> NodeProto | None:
+        """The node of a module: by its name, or by the scope that torch's dynamo exporter notes of it.
+
+        ``title`` is the end of its name, which is a number longer than its operator from the second one on.
+        """
+        if operator is not None and title != operator:
+            return self.nodes.get(prefix + title)
+        operator = title
         module = prefix.strip("/").replace("/", ".")
         scoped = self._scoped.get((module, operator), [])
         if len(scoped) > 1:
@@ -122,6 +168,15 @@ class Graph:
                 break
             name = node.input[0]
         return name, flips
+
+    def weight(self, place: Location) -> NDArray[Any]:
+        """The values at a place in the torch weight's shape.
+
+        Raises:
+            ArtefactError: as ``values``.
+        """
+        values = self.values(place.initializer)
+        return values.reshape(-1) if place.vector else values.T if place.transposed else values
 
     def values(self, initializer: str) -> NDArray[Any]:
         """An initialiser's values, with external data read from beside the file.

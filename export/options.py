@@ -41,6 +41,11 @@ class ExportOptions(_Model):
     opset: int | None = Field(
         default=None, ge=14, le=20, description="the ONNX operator set, 14 to 20; by default the one Optimum chooses"
     )
+    editable: Literal["text", "all"] = Field(
+        default="text",
+        description="text or all: which weights a patch can move at once, with their unedited float32 values beside "
+        "the model; those that read the text, or every one, for edits by training",
+    )
     static: StaticShapes | None = Field(
         default=None, description="fields batch, height and width: fixed shapes; by default every axis is dynamic"
     )

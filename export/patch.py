@@ -1,8 +1,8 @@
 """A new edit in an exported model without exporting it again.
 
 A patch writes three files: the initialisers that an edit can move (``unet/edit.onnx_data``), the graph with the edit's
-id, and the manifest. The others are hard links. PyTorch and the onnx package aren't needed, except once for a
-folder that plain Optimum wrote.
+id, and the manifest. The others are hard links. Neither PyTorch nor the onnx package is needed, but the latter once for
+a folder that plain Optimum wrote, and once for an edit of weights that aren't in that file: they are put there.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from excise.edited_initializers import edited_initializers
 from excise.editfile import Edit
 from excise.enginefile import ENGINE
-from excise.errors import ArtefactError, OutputError
-from excise.export.conversion import convert
+from excise.errors import ArtefactError, ExciseError, OutputError
+from excise.export.conversion import convert, extend
 from excise.export.layout import EDITED, write_aligned
 from excise.manifest import NAME, EditEntry, FileEntry, Manifest, WeightEntry, read_manifest, write_manifest
 from excise.onnx_metadata import EDIT_ID, write_metadata
@@ -39,7 +39,9 @@ def patch(
     """Write ``folder`` with ``edit`` in place of the edit that it carries, if any.
 
     Every file equals that of a fresh export with the edit on the same machine; parity isn't measured again, so the
-    manifest has no parity figures. Memory doesn't grow with the model.
+    manifest has no parity figures. Once a folder holds more weights where an edit can move them (a trained edit moved
+    them), it stays so: a later edit of fewer then gives the values of a fresh export, in other files. Memory doesn't
+    grow with the model, but with what its edits move.
 
     Args:
         folder: What ``excise export`` or a patch wrote, or a plain Optimum export.
@@ -56,7 +58,7 @@ def patch(
 
     Raises:
         ArtefactError: ``folder`` is incomplete or altered, or its unedited weights weren't kept.
-        EditError: The edit moves other weights than a patch can (FingerprintMismatch: it was made for another model).
+        EditError: The edit is for another component (FingerprintMismatch: it was made for another model).
         NumericsError: An edited weight isn't finite in the model's dtype.
         OutputError: ``out`` holds something, or ``folder`` can't be replaced in one step here or holds an engine.
     """
@@ -69,11 +71,13 @@ def patch(
             f"{folder / engine} holds the present edit: name a new folder with --out, or use excise refit"
         )
     place: AbstractContextManager[Path] = replaced_folder(folder) if out is None else new_folder(out)
-    with place as partial:
+    with place as partial, named_as(folder, partial):
         fill(folder, partial, link=link, leave=(engine, f"{engine}.json"))
         manifest = read_manifest(partial) if (partial / NAME).exists() else convert(partial, folder.name, edit, say)
         if not manifest.weights:
             raise ArtefactError(f"{folder} has no map of its weights in excise.json: export the model again")
+        if edit.metadata.component == _component(manifest) and not {*edit.sites} <= {*manifest.weights}:
+            manifest = extend(partial, manifest, edit, say, force=force)
         say(f"writing {edit.summary}")
         return _write(partial, manifest, edit, force)
 
@@ -103,6 +107,21 @@ def _write(folder: Path, manifest: Manifest, edit: Edit, force: bool) -> Manifes
         with (folder / name).open("rb") as stream:
             os.fsync(stream.fileno())
     return new
+
+
+@contextmanager
+def named_as(folder: Path, partial: Path) -> Iterator[None]:
+    """Have errors name ``folder``, not the half-finished copy of it that is gone when they are read."""
+    try:
+        yield
+    except ExciseError as error:
+        error.args = tuple(str(part).replace(str(partial), str(folder)) for part in error.args)
+        raise
+
+
+def _component(manifest: Manifest) -> str:
+    """Folder of the denoiser."""
+    return next(iter(manifest.weights.values())).file.partition("/")[0]
 
 
 def data_file(manifest: Manifest) -> str:

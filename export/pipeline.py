@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from excise.editfile import Edit
 from excise.errors import FingerprintMismatch, MissingExtra, ModelError
 from excise.export.quiet import quiet
 
@@ -24,35 +25,6 @@ _ONE_OF = {
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 _WEIGHTS = "diffusion_pytorch_model"
 _DENOISERS = ("unet", "transformer")
-
-
-class _Metadata(Protocol):
-    @property
-    def component(self) -> Literal["unet", "transformer"]:
-        """Folder of the denoiser that the edit moves."""
-
-
-class WeightEdit(Protocol):
-    """What an edit offers here; ``excise.editfile.Edit`` is one."""
-
-    @property
-    def id(self) -> str:
-        """SHA-256 of the edit's content."""
-
-    @property
-    def metadata(self) -> _Metadata:
-        """What the edit says of itself."""
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Names of the moved weights, relative to the denoiser."""
-
-    @property
-    def summary(self) -> str:
-        """The edit on one line."""
-
-    def apply(self, weights: Mapping[str, NDArray[Any]], *, force: bool = False) -> dict[str, NDArray[Any]]:
-        """The edited weights, each with the shape and dtype of the original."""
 
 
 def check_model(model: Path) -> tuple[str, ...]:
@@ -159,7 +131,7 @@ def is_local(model: Path | str) -> bool:
     return Path(model).exists() or not _HUB_ID.match(str(model))
 
 
-def load_pipeline(model: Path | str, edit: WeightEdit | None = None, *, force: bool = False) -> Any:
+def load_pipeline(model: Path | str, edit: Edit | None = None, *, force: bool = False) -> Any:
     """Load a diffusers pipeline in float32 on the CPU, from safetensors only, and apply ``edit`` to its denoiser.
 
     Args:
@@ -222,7 +194,7 @@ def _only_half(model: Path) -> bool:
     )
 
 
-def denoiser_for(pipe: Any, edit: WeightEdit) -> Any:
+def denoiser_for(pipe: Any, edit: Edit) -> Any:
     """The torch denoiser that an edit moves.
 
     Raises:
@@ -246,7 +218,7 @@ def read_weights(denoiser: Any, names: Sequence[str]) -> dict[str, NDArray[Any]]
     return {name: parameters[name].detach().cpu().numpy() for name in names}
 
 
-def apply_edit(denoiser: Any, edit: WeightEdit, *, force: bool = False) -> None:
+def apply_edit(denoiser: Any, edit: Edit, *, force: bool = False) -> None:
     """Move a torch denoiser's weights in place.
 
     Raises:

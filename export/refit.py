@@ -115,7 +115,10 @@ def _check(engine: Path, asked: str | EngineLibrary | None) -> tuple[EngineEntry
         raise ArtefactError(problems[0])
     entry = read_engine(engine)
     if not entry.refittable:
-        raise UsageError(f"{engine} can't be refitted: build it again with refit: true, on a machine with a GPU")
+        raise UsageError(
+            f"{engine} can't be refitted: build it again with refit: true, on a machine with a GPU, by "
+            "excise engines --options FILE --rebuild; or use excise patch --out and excise engines"
+        )
     name = asked.name if isinstance(asked, EngineLibrary) else (asked or entry.library).replace("-", "_")
     if name != entry.library:
         raise UsageError(f"{engine} was built by {entry.library}, not {name}: leave --library out")

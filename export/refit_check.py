@@ -79,10 +79,10 @@ def _text_states(
 
 def engine_outputs(execution: EngineExecution, entry: EngineEntry, inputs: DenoiserInputs) -> NDArray[np.float32]:
     """An engine's outputs, shape (timesteps, *the sample's), as ``excise.export.parity.onnx_outputs`` gives them."""
-    rank = len(entry.inputs["timestep"].shape)
+    shape = tuple(size if size > 0 else len(inputs.sample) for size in entry.inputs["timestep"].shape)
     outputs = []
     for step in inputs.timesteps:
-        feed: dict[str, NDArray[Any]] = {**inputs.arrays(), "timestep": np.full((len(inputs.sample),)[:rank], step)}
+        feed: dict[str, NDArray[Any]] = {**inputs.arrays(), "timestep": np.full(shape, step)}
         outputs.append(execution({name: array.astype(entry.inputs[name].dtype) for name, array in feed.items()}))
     return np.stack(outputs)
 

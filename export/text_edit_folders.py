@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from excise.editfile import Edit
-from excise.errors import ArtefactError, UsageError
+from excise.enginefile import ENGINE
+from excise.errors import ArtefactError, FingerprintMismatch, UsageError
 from excise.export.bank import BankDescription, add_bank
 from excise.export.behind_text_encoder import fuse_behind_text_encoder
 from excise.export.layout import MODEL
-from excise.export.patch import fill
+from excise.export.patch import fill, named_as
 from excise.manifest import NAME, EditEntry, Manifest, read_manifest, write_manifest
 from excise.output import check_free, new_folder
 
@@ -46,10 +47,14 @@ def bank_folder(
     check_free(out)
     manifest = _manifest(folder)
     file = f"{edits[0].metadata.component}/{MODEL}"
-    with new_folder(out) as partial:
-        fill(folder, partial, link=link)
+    with new_folder(out) as partial, named_as(folder, partial):
+        _fill(folder, partial, file, link, say)
         changed = partial / f"{file}.bank"
-        description = add_bank(partial / file, changed, edits, with_base=with_base, progress=say)
+        told = lambda message: say(message.replace(str(partial), str(out)))  # noqa: E731
+        try:
+            description = add_bank(partial / file, changed, edits, with_base=with_base, progress=told)
+        except FingerprintMismatch as mismatch:
+            raise _mismatch(folder, manifest, mismatch) from mismatch
         os.replace(changed, partial / file)
         rows = [None, *edits] if with_base else edits
         bank = [EditEntry.of(e) if e else None for e in rows]
@@ -69,14 +74,35 @@ def fused_folder(folder: Path, out: Path, edit: Edit, *, link: bool = True, prog
     if manifest.edit is not None:
         raise ArtefactError(f"{folder} carries edit {manifest.edit.id[:12]} already: start from the unedited export")
     file = f"text_encoder/{MODEL}"
-    with new_folder(out) as partial:
-        fill(folder, partial, link=link)
+    with new_folder(out) as partial, named_as(folder, partial):
+        _fill(folder, partial, file, link, say)
         say(f"writing {file}")
         changed = partial / f"{file}.fused"
-        fuse_behind_text_encoder(partial / file, changed, edit)
+        try:
+            fuse_behind_text_encoder(partial / file, changed, edit)
+        except FingerprintMismatch as mismatch:
+            raise _mismatch(folder, manifest, mismatch) from mismatch
         os.replace(changed, partial / file)
         entry = EditEntry.of(edit)
         return _finish(partial, manifest, file, FUSED_KIND, entry, say)
+
+
+def _fill(folder: Path, partial: Path, file: str, link: bool, say: Say) -> None:
+    """Bring everything along but the engine of the model that changes: it has the old one in it."""
+    engine = f"{PurePosixPath(file).parent}/{ENGINE}"
+    if (folder / engine).exists():
+        say(f"leaving {engine} out: it was built of the model as it was; run excise engines on the new folder")
+    fill(folder, partial, link=link, leave=(engine, f"{engine}.json"))
+
+
+def _mismatch(folder: Path, manifest: Manifest, mismatch: FingerprintMismatch) -> FingerprintMismatch:
+    """Why the edits don't fit, with what can be done about it here, where there is no --force."""
+    reason = str(mismatch).partition(": make an edit")[0]
+    if manifest.edit is not None:
+        return FingerprintMismatch(
+            f"{folder} carries edit {manifest.edit.id[:12]}, and {reason}: start from the unedited export"
+        )
+    return FingerprintMismatch(f"{reason}: make an edit for this one, or name the export of the edit's model")
 
 
 def _manifest(folder: Path) -> Manifest:

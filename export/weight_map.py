@@ -8,26 +8,29 @@ decides:
 
 The values are then compared exactly. They never decide by themselves: two layers may hold equal weights, and the
 exporter then makes both nodes read one initialiser (``unshare`` gives each its own again, under the name that it would
-have had).
+have had). Norms that are several nodes hold their vector as (c, 1, 1).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from excise.edited_initializers import in_initializer
 from excise.errors import ArtefactError
 from excise.export.onnx_graph import Graph, Location, equal, external_place, save_graph
 from excise.manifest import WeightEntry
 
 if TYPE_CHECKING:
-    from onnx import TensorProto
+    from onnx import ModelProto
 
 
 def map_weights(
@@ -52,7 +55,7 @@ def map_weights(
     for name, weight in weights.items():
         place = graph.locate(name)
         found = graph.values(place.initializer)
-        expected = weight.T if place.transposed else weight
+        expected = in_initializer(weight, transposed=place.transposed, shape=found.shape)
         if not equal(found, expected):
             raise ArtefactError(_mismatch(graph, name, weight, place, found, expected))
         readers = graph.readers[place.initializer]
@@ -95,35 +98,44 @@ def array_sha256(values: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()).hexdigest()
 
 
-def unshare(path: Path, names: Iterable[str]) -> int:
-    """Give every node that reads an initialiser of ``names`` through an Identity a copy of its own.
+def unshare(path: Path) -> int:
+    """Give every node that reads an initialiser through an Identity one of its own.
 
-    The exporter merges equal initialisers; changing one weight would then change another. Copies get the Identity's
-    output name, which is the name that the initialiser has when no two are equal.
+    The exporter merges equal initialisers, as are most norms' before training; changing one weight would then change
+    another. Copies get the Identity's output name, which is the name that the initialiser has when no two are equal.
+    Nodes outside any module, which the exporter numbers through with the Identities (``Constant_559``), are numbered
+    anew: afterwards the graph doesn't depend on the weights' values. External data isn't copied: both point to the
+    same bytes, until ``separate`` writes them.
 
     Returns:
-        How many initialisers were added; the file is written only if there are any.
-
-    Raises:
-        ArtefactError: A weight isn't in the file.
+        How many initialisers were added; the file is written only if something changes.
     """
     graph = Graph(path)
-    shared = {graph.locate(name).initializer for name in names}
-    copies = [node for node in graph.model.graph.node if node.op_type == "Identity" and node.input[0] in shared]
+    outputs = {value.name for value in graph.model.graph.output}
+    copies = [
+        node
+        for node in graph.model.graph.node
+        if node.op_type == "Identity" and node.input[0] in graph.initializers and node.output[0] not in outputs
+    ]
     for node in copies:
         tensor = copy.deepcopy(graph.initializers[node.input[0]])
-        _own_data(graph, tensor)
         tensor.name = node.output[0]
         graph.model.graph.initializer.append(tensor)
         graph.model.graph.node.remove(node)
-    if copies:
+    if _number(graph.model) or copies:
         save_graph(graph.model, path)
     return len(copies)
 
 
-def _own_data(graph: Graph, tensor: TensorProto) -> None:
-    """Have a tensor's bytes in itself, so that they can be moved or changed alone."""
-    if tensor.external_data:
-        tensor.raw_data = graph.values(tensor.name).tobytes()
-        tensor.ClearField("external_data")
-        tensor.ClearField("data_location")
+def _number(model: ModelProto) -> bool:
+    """Number the nodes outside any module from 0 within each operator; whether that changed a name."""
+    numbers: Counter[str] = Counter()
+    changed = False
+    for node in model.graph.node:
+        if not re.fullmatch(rf"{node.op_type}_\d+", node.name):
+            continue
+        name = f"{node.op_type}_{numbers[node.op_type]}"
+        numbers[node.op_type] += 1
+        if node.name != name:
+            node.name, changed = name, True
+    return changed

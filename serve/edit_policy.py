@@ -104,7 +104,7 @@ def _yaml(path: Path, data: bytes) -> Any:
     try:
         import yaml
     except ModuleNotFoundError as error:
-        raise MissingExtra("yaml", "edit") from error
+        raise MissingExtra("yaml", "serve") from error
     try:
         return yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -25,7 +25,7 @@ from excise.serve.guidance import CLASSIFIER_FREE, Guidance
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import OnnxComponent, Provider, providers, read_config
 from excise.serve.provider_options import provider_options
-from excise.serve.runtime import Progress, Request, initial_latents
+from excise.serve.runtime import Progress, Request, initial_latents, requested_size
 from excise.serve.schedulers import read_scheduler
 from excise.serve.tokenizer import PromptTokenizer
 
@@ -119,9 +119,9 @@ class OnnxRuntime:
             folder / "tokenizer", max_length=self._text_encoder.config.get("max_position_embeddings")
         )
         self.latent_shape = latent_shape(self._unet.config, self._vae_decoder.config)
-        upscaling = 2 ** (len(self._vae_decoder.config.get("block_out_channels") or [0]) - 1)
+        self._upscaling = halvings(self._vae_decoder.config)
         _, height, width = self.latent_shape
-        self.image_shape = (height * upscaling, width * upscaling, 3)
+        self.image_shape = (height * self._upscaling, width * self._upscaling, 3)
         self._scaling_factor = np.float32(positive(self._vae_decoder.config, "scaling_factor", 0.18215))
         self._shift_factor = np.float32(self._vae_decoder.config.get("shift_factor") or 0.0)
 
@@ -138,16 +138,17 @@ class OnnxRuntime:
 
         An image depends on its own request alone, up to rounding, whatever the others are. ``guidance_scale`` is one
         for all or one for each. ``progress`` counts the UNet's calls over all batches (PNDM makes one more than
-        ``num_inference_steps``). ``prompt_embeds``, float32 with shape (n, tokens, d), take the place of what the text
-        encoder gives for the prompts. Raises ``UsageError`` for a number of steps, a guidance scale, a seed or
-        embeddings that can't be used, ``PromptTooLong`` before anything is computed, and ``ArtefactError`` if the
-        models return something that isn't an image.
+        ``num_inference_steps``). Requests of another size than the export's own need one whose shapes are free; those
+        of one call are of one size. ``prompt_embeds``, float32 with shape (n, tokens, d), take the place of what the
+        text encoder gives for the prompts. Raises ``UsageError`` for a number of steps, a guidance scale, a seed, a
+        size or embeddings that can't be used, ``PromptTooLong`` before anything is computed, and ``ArtefactError`` if
+        the models return something that isn't an image.
         """
         images = [
             self.decode(latents)
             for latents in self._denoised(requests, num_inference_steps, guidance_scale, progress, None, prompt_embeds)
         ]
-        return np.concatenate([np.empty((0, *self.image_shape), np.uint8), *images])
+        return np.concatenate(images or [np.empty((0, *self.image_shape), np.uint8)])
 
     def denoise(
         self,
@@ -164,7 +165,7 @@ class OnnxRuntime:
         ``on_step`` is given each batch's latents after each of its steps. Raises as ``generate`` does.
         """
         latents = self._denoised(requests, num_inference_steps, guidance_scale, progress, on_step, prompt_embeds)
-        return np.concatenate([np.empty((0, *self.latent_shape), np.float32), *latents])
+        return np.concatenate([*latents] or [np.empty((0, *self.latent_shape), np.float32)])
 
     def start(
         self,
@@ -206,7 +207,7 @@ class OnnxRuntime:
         return Denoising(
             self.predict,
             self.scheduler,
-            initial_latents(requests, self.latent_shape),
+            initial_latents(requests, self._latents_of(requests)),
             prompt_embeds,
             negative_prompt_embeds,
             num_inference_steps=steps,
@@ -260,6 +261,7 @@ class OnnxRuntime:
         """The final latents, batch by batch."""
         check_requests(requests, guidance_scale)
         self._edit_indices(requests)
+        self._latents_of(requests)
         calls = len(self.scheduler.start(steps).timesteps)
         if not requests:
             return
@@ -284,6 +286,22 @@ class OnnxRuntime:
             if request.edit not in (None, self.edit_id):
                 raise UsageError(f"edit={request.edit!r}: {self.folder} holds no bank of edits, and not this one")
         return None
+
+    def _latents_of(self, requests: Sequence[Request]) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of requests, which all ask for one size."""
+        channels, own = self.latent_shape[0], self.image_shape[:2]
+        # Traced at its own size, the UNet halves and doubles latents without padding them.
+        multiple = self._upscaling * halvings(self._unet.config)
+        asked = requested_size(requests, own, multiple)
+        latents = (asked[0] // self._upscaling, asked[1] // self._upscaling)
+        for component, name in ((self._unet, "sample"), (self._vae_decoder, "latent_sample")):
+            fixed = (component.width(name, 2), component.width(name, 3))
+            if any(side not in (None, wanted) for side, wanted in zip(fixed, latents, strict=True)):
+                raise UsageError(
+                    f"{self.folder} was exported for images of {own[1]} x {own[0]} pixels alone, not of {asked[1]} x "
+                    f"{asked[0]}: ask for that size, or export it with free shapes"
+                )
+        return (channels, *latents)
 
     def predict(
         self,
@@ -332,6 +350,11 @@ def latent_shape(unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, i
     if not all(isinstance(value, int) and value > 0 for value in (channels, *sides)) or len(sides) != 2:
         raise ModelError(f"unet/config.json has in_channels={channels!r} and sample_size={size!r}: give both")
     return (int(channels), int(sides[0]), int(sides[1]))  # type: ignore[arg-type]
+
+
+def halvings(config: dict[str, Any]) -> int:
+    """By what a UNet or a VAE shrinks its input's sides at its narrowest: 2 for each of its levels but one."""
+    return int(2 ** (len(config.get("block_out_channels") or [0]) - 1))
 
 
 def positive(config: dict[str, Any], option: str, default: float) -> float:

@@ -9,8 +9,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from excise.errors import ArtefactError, OutputError
@@ -21,12 +21,14 @@ from excise.serve.repository_record import (
     CONFIG,
     COPY,
     Record,
+    parameter,
     read_config_text,
     read_record,
     served,
     served_versions,
 )
 from excise.serve.triton_control import TritonServer
+from excise.serve.triton_models import FEW_STEPS, MAX_STEPS
 from excise.serve.version_folder import discard
 
 
@@ -60,15 +62,20 @@ def staging(model: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def switch(repository: Path, old: Record, new: Record, server: TritonServer | None) -> str | None:
+def switch(
+    repository: Path, old: Record, new: Record, server: TritonServer | None, say: Callable[[str], None]
+) -> str | None:
     """Serve ``new``'s version.
+
+    Where the networks are models of their own, Triton runs the canary only in a request: once loaded, the version is
+    asked for one image, and an answer that it can't is a refusal like any other.
 
     Returns:
         Why the server refused it, and everything is as before; None if it is served.
 
     Raises:
-        ArtefactError: The server went away, so that nobody knows which version it has; the message says which one
-            the repository names.
+        ArtefactError: The server went away, or didn't load the old version again, so that nobody knows which version
+            it has; the message says which one the repository names.
     """
     models = [*old.networks, old.model]
     before = {name: read_config_text(repository, name) for name in models}
@@ -79,11 +86,10 @@ def switch(repository: Path, old: Record, new: Record, server: TritonServer | No
         write_config(repository, name, after)
         try:
             reason = server.load(name, new.current) if server is not None else None
+            if server is not None and reason is None and name == old.model and old.networks:
+                reason = _tried(server, new, after, say)
         except ArtefactError as error:
-            state = read_record(repository).current
-            raise ArtefactError(
-                f"{error}; {repository} says version {state}: see excise serve status --url, then roll back or repeat"
-            ) from error
+            raise _unknown(repository, str(error)) from error
         if reason is not None:
             reason = f"{name}: {reason}"
             break
@@ -92,10 +98,56 @@ def switch(repository: Path, old: Record, new: Record, server: TritonServer | No
         return None
     for name in reversed(models):
         write_config(repository, name, before[name])
-    for name in models if server is not None else []:
-        with suppress(ArtefactError):  # the old version never stopped; this only tells the server its configuration
-            server.load(name, old.current)  # type: ignore[union-attr]
+    if server is not None and (problems := _set_back(server, models, old.current)):
+        problem = f"Triton refused version {new.current}: {reason}; and then the old one: {problems[0]}"
+        raise _unknown(repository, problem)
     return reason
+
+
+def _set_back(server: TritonServer, models: list[str], version: int) -> list[str]:
+    """Have the old version loaded again, all models of it; one line for each that isn't.
+
+    Where it never stopped, this only tells the server its configuration.
+    """
+    problems = []
+    for name in models:
+        try:
+            reason = server.load(name, version)
+        except ArtefactError as error:
+            reason = str(error)
+        if reason is not None:
+            problems.append(f"{name}: {reason}")
+    return problems
+
+
+def _tried(server: TritonServer, new: Record, config: Message, say: Callable[[str], None]) -> str | None:
+    """Ask the pipeline's new version for one image of a few steps; why it can't, None where it can."""
+    if any(True in policy.all("decoupled") for policy in config.messages("model_transaction_policy")):
+        # Triton answers such models on a gRPC stream alone.
+        say(f"version {new.current} streams, and isn't asked for an image: see excise_canary_ok in its metrics")
+        return None
+    say(f"asking version {new.current} for an image")
+    steps = min(FEW_STEPS, int(parameter(config, MAX_STEPS) or FEW_STEPS))
+    # Not the empty prompt: as the first one that is the warm-up's, which gets an image whatever the canary found.
+    columns = {"PROMPT": ("BYTES", "a photo"), "NUM_INFERENCE_STEPS": ("INT32", steps)}
+    taken = {one.text("name") for one in config.messages("input")}
+    document = {
+        "inputs": [
+            {"name": name, "datatype": datatype, "shape": [1, 1], "data": [value]}
+            for name, (datatype, value) in columns.items()
+            if name in taken
+        ],
+        "outputs": [{"name": "IMAGES", "parameters": {"binary_data": True}}],
+    }
+    return server.infer(new.model, new.current, document)
+
+
+def _unknown(repository: Path, problem: str) -> ArtefactError:
+    """The error where nobody knows which version the server has."""
+    state = read_record(repository).current
+    return ArtefactError(
+        f"{problem}; {repository} says version {state}: see excise serve status --url, then roll back or repeat"
+    )
 
 
 def write_record(repository: Path, record: Record) -> None:

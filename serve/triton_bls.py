@@ -21,7 +21,7 @@ from excise.errors import ArtefactError
 from excise.manifest import read_manifest
 from excise.serve.guidance import CLASSIFIER_FREE
 from excise.serve.onnx_component import OnnxComponent, read_config
-from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime, latent_shape, positive
+from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime, halvings, latent_shape, positive
 from excise.serve.schedulers import read_scheduler
 from excise.serve.tokenizer import PromptTokenizer
 from excise.serve.triton_options import Backend
@@ -47,8 +47,7 @@ class TritonComponent:
     ) -> None:
         self._pb_utils, self.name, self.config = pb_utils, name, config
         self._version, self.output = version, OUTPUTS[name]
-        # Triton has no tensor without dimensions: ``triton_models`` makes such an input one value.
-        self._inputs = {name: (np.dtype(one.dtype), one.shape or (1,)) for name, one in inputs.items()}
+        self._inputs = {name: (np.dtype(one.dtype), one.shape) for name, one in inputs.items()}
 
     def takes(self, name: str) -> bool:
         """Whether it declares an input of that name."""
@@ -120,8 +119,8 @@ class TritonRuntime(OnnxRuntime):
         )
         vae = self._vae_decoder.config
         self.latent_shape = latent_shape(self._unet.config, vae)
-        upscaling = 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
+        self._upscaling = halvings(vae)
         _, height, width = self.latent_shape
-        self.image_shape = (height * upscaling, width * upscaling, 3)
+        self.image_shape = (height * self._upscaling, width * self._upscaling, 3)
         self._scaling_factor = np.float32(positive(vae, "scaling_factor", 0.18215))
         self._shift_factor = np.float32(vae.get("shift_factor") or 0.0)

@@ -1,4 +1,4 @@
-"""A running Triton, as far as a promotion needs it: load a model, and see which versions are ready.
+"""A running Triton, as far as a promotion needs it: load a model, see which versions are ready, and try one.
 
 Source: KServe's protocol, version 2, with Triton's model repository extension.
 """
@@ -14,6 +14,10 @@ from excise.errors import ArtefactError, MissingExtra, UsageError
 from excise.printable import printable
 
 _PAUSE = 0.25
+#: Of the statuses of an answer, those by which a version itself fails. What a request asks for is 4xx.
+_FAILED = (500, 503)
+#: What Triton says, also with 503, where the version hasn't seen the request.
+_BUSY = ("Exceeds maximum queue size", "Request timeout expired")
 
 
 class TritonServer:
@@ -62,6 +66,27 @@ class TritonServer:
             return _reason(response)
         return self._awaited(model, version)
 
+    def infer(self, model: str, version: int, document: object) -> str | None:
+        """Send a version a request, again while its queue is full.
+
+        Returns:
+            Why the version failed, on one line; None if it answered, or found fault with the request.
+
+        Raises:
+            ArtefactError: It didn't answer in time or went away, so that nobody knows.
+        """
+        deadline = time.monotonic() + self.timeout
+        while True:
+            response = self._sent("POST", f"/v2/models/{quote(model, safe='')}/versions/{version}/infer", document)
+            if response.status_code not in _FAILED:
+                return None
+            reason = _reason(response)
+            if not any(busy in reason for busy in _BUSY):
+                return reason
+            if time.monotonic() > deadline:
+                raise ArtefactError(f"{self.url} had no place for one request in {self.timeout:.0f} s ({reason})")
+            time.sleep(_PAUSE)
+
     def versions(self, model: str) -> dict[str, str]:
         """State of each version of a model that the server knows, with the reason where it isn't ready.
 
@@ -109,4 +134,4 @@ def _reason(response: Any) -> str:
     """What a refusal says, on one line."""
     found = _json(response)
     text = found.get("error") if isinstance(found, dict) else None
-    return " ".join(printable(text or f"HTTP status {response.status_code}").split())
+    return printable(" ".join(str(text or f"HTTP status {response.status_code}").split()))

@@ -35,7 +35,6 @@ from excise.serve.triton_config import (
     Parameter,
     QueuePolicy,
     RateLimiter,
-    Reshape,
     Resource,
     ResponseCache,
     Specific,
@@ -54,8 +53,14 @@ MAX_STEPS, STREAM_EVERY = "excise.max_steps", "excise.stream_every"
 #: Triton's platforms of the networks, and the file of each.
 PLATFORMS = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
 
-#: Name and content of the files of the folder ``warmup``.
-WARMUP_FILES = {"steps": np.array([2], "<i4").tobytes(), "guidance": np.array([7.5], "<f4").tobytes()}
+#: Steps of the warm-up's image, and of the one that a promotion asks for.
+FEW_STEPS = 2
+
+
+def warmup_files(options: TritonOptions) -> dict[str, bytes]:
+    """Name and content of the files of the folder ``warmup``."""
+    steps = min(FEW_STEPS, options.max_steps)
+    return {"steps": np.array([steps], "<i4").tobytes(), "guidance": np.array([7.5], "<f4").tobytes()}
 
 
 def pipeline_config(options: TritonOptions, image_shape: tuple[int, int, int], *, warmup: bool) -> ModelConfig:
@@ -105,7 +110,10 @@ def pipeline_config(options: TritonOptions, image_shape: tuple[int, int, int], *
 
 
 def network_config(name: str, options: TritonOptions, signature: Signature) -> ModelConfig:
-    """The model of one network. Its inputs' first dimensions aren't always a batch, so Triton is told of none."""
+    """The model of one network. Its inputs' first dimensions aren't always a batch, so Triton is told of none.
+
+    Raises ``ArtefactError`` for a tensor that Triton hasn't.
+    """
     platform, file = PLATFORMS[options.backend]
     inputs, outputs = tensors(signature)
     return ModelConfig(
@@ -122,7 +130,10 @@ def network_config(name: str, options: TritonOptions, signature: Signature) -> M
 
 
 def tensors(signature: Signature) -> tuple[tuple[Input, ...], tuple[Output, ...]]:
-    """A network's inputs and outputs in Triton's words, with every dimension."""
+    """A network's inputs and outputs in Triton's words, with every dimension.
+
+    Raises ``ArtefactError`` for a tensor that Triton hasn't: one of a strange type, or without dimensions.
+    """
     inputs = tuple(_tensor(Input, name, tensor) for name, tensor in sorted(signature.inputs.items()))
     outputs = tuple(_tensor(Output, name, tensor) for name, tensor in sorted(signature.outputs.items()))
     return inputs, outputs
@@ -131,9 +142,13 @@ def tensors(signature: Signature) -> tuple[tuple[Input, ...], tuple[Output, ...]
 def _tensor(kind: type[Tensor], name: str, tensor: TensorEntry) -> Tensor:
     if tensor.dtype not in DATA_TYPES:
         raise ArtefactError(f"{name} is a {tensor.dtype}, which Triton hasn't: export the model again")
-    # Triton has no empty dims: a tensor without dimensions is one value that is reshaped.
-    dims, reshape = (tensor.shape, None) if tensor.shape else ((1,), Reshape())
-    return kind(name=name, data_type=DATA_TYPES[tensor.dtype], dims=dims, reshape=reshape)
+    # Triton has no empty dims, and refuses a reshape to none where the first dimension isn't a batch.
+    if not tensor.shape:
+        raise ArtefactError(
+            f"{name} is a scalar, and Triton takes none: excise serve build --backend onnxruntime gives it shape (1); "
+            "for tensorrt, build engines of a folder that excise.export.vector_timestep wrote"
+        )
+    return kind(name=name, data_type=DATA_TYPES[tensor.dtype], dims=tensor.shape)
 
 
 def image_shape(folder: Path) -> tuple[int, int, int]:
@@ -159,7 +174,7 @@ def _instances(options: TritonOptions, count: int) -> InstanceGroup:
 
 
 def _warmup() -> ModelWarmup:
-    """One image of the empty prompt in two steps."""
+    """One image of the empty prompt in a few steps."""
     return ModelWarmup(
         name="one image",
         batch_size=1,

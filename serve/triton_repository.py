@@ -26,7 +26,7 @@ from excise.serve.pbtxt import write
 from excise.serve.repository_change import locked, staging, switch, tidy, write_record
 from excise.serve.repository_record import CONFIG, COPY, Record, read_config_text
 from excise.serve.triton_control import TritonServer
-from excise.serve.triton_models import WARMUP_FILES, image_shape, network_config, pipeline_config
+from excise.serve.triton_models import image_shape, network_config, pipeline_config, warmup_files
 from excise.serve.triton_options import TritonOptions
 from excise.serve.version_folder import (
     ONNX,
@@ -74,7 +74,8 @@ def build(
     Raises:
         UsageError: The unedited model would be served without ``with_base``, a name or the policy doesn't fit, or the
             model is none that a repository serves.
-        ArtefactError: ``folder`` is incomplete or altered, or lacks an engine that the backend needs.
+        ArtefactError: ``folder`` is incomplete or altered, lacks an engine that the backend needs, or has a network
+            with a scalar input, which Triton doesn't take (``excise.export.vector_timestep``).
         OutputError: ``out`` holds something, or can't be written.
     """
     say, options = progress or _silent, options or TritonOptions()
@@ -85,7 +86,10 @@ def build(
     if policy is not None:
         policy.check(edits, "the policy")
     shape = image_shape(folder)
-    signatures = {name: network_signature(folder, name, options.backend) for name in options.networks}
+    networks = {
+        name: network_config(name, options, network_signature(folder, name, options.backend))
+        for name in options.networks
+    }
     _check_files(folder, say)
     with new_folder(out) as partial:
         model = partial / options.name
@@ -103,13 +107,12 @@ def build(
         config = pipeline_config(options, shape, warmup=warmup)
         if config.model_warmup:
             (model / "warmup").mkdir()
-            for name, data in WARMUP_FILES.items():
+            for name, data in warmup_files(options).items():
                 (model / "warmup" / name).write_bytes(data)
         (model / CONFIG).write_text(write(record.written_into(config.message())), encoding="utf-8")
-        for name, signature in signatures.items():
+        for name, network in networks.items():
             write_network(version / ONNX, name, options.backend, partial / name / "1")
-            text = network_config(name, options, signature).to_text()
-            (partial / name / CONFIG).write_text(text, encoding="utf-8")
+            (partial / name / CONFIG).write_text(network.to_text(), encoding="utf-8")
         (partial / COPY).write_text(record.to_json() + "\n", encoding="utf-8")
     return record
 
@@ -136,7 +139,8 @@ def promote(
         names: As for ``build``.
         keep: Remove all but so many of the newest versions; the present and the previous one always stay.
         canary: As for ``build``.
-        server: Triton running on this repository with explicit model control, to load the new version.
+        server: Triton running on this repository with explicit model control, to load the new version. With networks
+            of their own it is also asked for an image: their canary can't refuse the load.
         progress: Told each step, one line at a time.
 
     Raises:
@@ -180,7 +184,7 @@ def promote(
             os.rename(staged, model / str(number))
         new = record.promoted(number, entry)
         say(f"switching from version {record.current} to {number}")
-        reason = switch(repository, record, new, server)
+        reason = switch(repository, record, new, server, say)
         if reason is None and keep is not None:
             new = new.trimmed(keep)
             write_record(repository, new)
@@ -220,7 +224,7 @@ def rollback(
                 raise ArtefactError(f"{folder / path} is missing or was altered: name another version with --to")
         new = record.rolled_back(number)
         say(f"switching from version {record.current} to {number}")
-        if (reason := switch(repository, record, new, server)) is not None:
+        if (reason := switch(repository, record, new, server, say)) is not None:
             raise ArtefactError(
                 f"Triton refused version {number}: {reason}; version {record.current} is still the one served"
             )

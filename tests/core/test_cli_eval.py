@@ -201,6 +201,12 @@ def test_bad_input_is_one_line_and_status_2(
         ("--list", "demo-weapons"): "--list runs nothing",
         ("--compare", str(made), str(made), *out): "--compare A B runs nothing",
         ("--compare", str(made), str(made)): "can't be read",
+        (*demo, "--edit-seconds", "nobody=3"): "--edit-seconds nobody=3: the runtimes are base, edited, served",
+        (*demo, "--edit-seconds", "served=fast"): "--edit-seconds fast is not a number",
+        (*demo, "--edit-seconds", "served=-1"): "--edit-seconds served=-1: give seconds, such as 3.4",
+        (*demo, "--edit-seconds", "served=nan"): "--edit-seconds served=nan: give seconds",
+        ("demo-table", "--prompts", "x", *out): "--prompts: demo-table has its own; leave it out",
+        ("demo-table", "--edit-seconds", "a=1", *out): "--edit-seconds: demo-table has its own; leave it out",
         (*demo, "--limit", "0"): "0 is not in the range",
     }  # fmt: skip
     for arguments, message in cases.items():
@@ -264,7 +270,7 @@ def test_a_users_protocol_with_nudenet(made: Path, tmp_path: Path, capsys: pytes
         assert (figures["nude_parts.feet"].value, figures["nude_parts.feet"].n) == (0, 3)
         assert set(figures) >= {"nude_parts.feet.FEET_EXPOSED", "nude_images.any", "female.FACES", "male.PARTS"}
         assert figures["female_ratio.FACES"].error == "no male one was found, so there is no ratio"
-        assert figures["edit_seconds"].error == "an edit file holds no times"
+        assert (figures["edit_seconds"].error or "").startswith("an edit file holds no times: give --edit-seconds")
         changed = figures["weights_changed"]
         assert (changed.value is not None) == (runtime.name == "edited")
     assert (out / "exposed" / "seen" / "served" / "observations").is_dir()

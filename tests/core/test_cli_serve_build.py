@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,14 @@ def test_a_folder_from_elsewhere_with_names_and_a_policy(
 ) -> None:
     repo, policy = tmp_path / "models", tmp_path / "tenants.yaml"
     assert run("build", export, "--out", repo, "--no-canary", "--backend", "onnxruntime") == 0
+    assert "whose timestep has shape (1)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
     assert not (repo / "excise/1/canary.json").exists()
+    text = (repo / "unet/config.pbtxt").read_text()
+    assert "reshape" not in text
+    assert re.search(r'name: "timestep"\s+data_type: \w+\s+dims: 1$', text, re.MULTILINE)
+    assert (repo / "unet/1/model.onnx").samefile(repo / "excise/1/onnx/unet/model.onnx")
+    assert (repo / "vae_decoder/1/model.onnx").samefile(export / "vae_decoder/model.onnx")
     from excise.editfile import load_edit
 
     edit = load_edit(second)
@@ -123,6 +131,7 @@ def test_a_folder_from_elsewhere_with_names_and_a_policy(
     named = ("--policy", policy, "--edit-name", f"quiet={edit.id[:8]}")
     assert run("promote", repo, "--from", tmp_path / "new", "--no-canary", *named) == 0
     assert list(read_record(repo).versions[2].edits) == ["quiet"]
+    assert (repo / "vae_decoder/2/model.onnx").samefile(repo / "vae_decoder/1/model.onnx")
     assert json.loads((repo / "excise/2/policy.json").read_text())["tenants"] == {"studio": ["quiet"]}
     assert run("check", repo) == 0
     assert "has no canary" in capsys.readouterr().out
@@ -153,6 +162,29 @@ def test_what_a_user_can_get_wrong(export: Path, tmp_path: Path, given: Sequence
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_errors_name_the_folder_that_was_given(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the one for the time being, whose UNet takes a vector."""
+    folder, repo = Path(shutil.copytree(export, tmp_path / "broken")), tmp_path / "models"
+    assert run("build", export, "--out", repo, "--no-canary", "--backend", "onnxruntime") == 0
+    for path in ("unet/edit.onnx_data", "unet/model.onnx"):
+        sound = (folder / path).read_bytes()
+        (folder / path).write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        for command in (
+            ("build", folder, "--out", tmp_path / "other", "--backend", "onnxruntime"),
+            ("promote", repo, "--from", folder),
+        ):
+            with pytest.raises(ExciseError) as caught:
+                run(*command, "--no-canary")
+            assert str(folder) in str(caught.value)
+            assert f"{path} was altered" in str(caught.value)
+            assert ".excise-partial" not in str(caught.value) + capsys.readouterr().err
+        (folder / path).write_bytes(sound)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "models"]
+    assert read_record(repo).current == 1
 
 
 def test_an_edit_of_another_model_changes_nothing(export: Path, tmp_path: Path, edits: tuple[Edit, Edit]) -> None:

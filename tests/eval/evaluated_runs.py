@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,7 @@ def start(
     models: ProtocolModels | None = None,
     roles: Roles | None = None,
     batch_size: int = 4,
+    edit_seconds: Mapping[str, float] | None = None,
     before: Callable[[], None] = lambda: None,
     **chosen: Any,
 ) -> Started:
@@ -178,6 +179,7 @@ def start(
         load_pipeline=no_pipeline,
         batch_size=batch_size,
         progress=False,
+        edit_seconds=edit_seconds or {},
         say=said.append,
     )
     evaluation = module.evaluate([Choice(load_protocol(protocol), **chosen)], run)

@@ -22,8 +22,10 @@ from excise.eval.evaluation import Evaluation, ProtocolRecord, Provenance
 from excise.eval.gate import decide
 from excise.eval.gate_result import GateResult
 from excise.eval.image_generation import GenerationSettings, generate
+from excise.eval.measure_names import metric_of
 from excise.eval.observation_cache import Pictures
-from excise.eval.policy import Policy, load_policy
+from excise.eval.paired_outcomes import tango
+from excise.eval.policy import BaseRule, Bound, Limit, Policy, load_policy
 from excise.eval.protocol_choice import Choice
 from excise.eval.protocol_comparisons import Roles
 from excise.eval.protocol_file import load_protocol
@@ -42,8 +44,11 @@ from tests.eval.wrong_artefacts import FEW, WRONG
 CASES, STEPS, BATCH = 16, 8, 8
 PROTOCOL = load_protocol("demo-weapons")
 CHOICE = Choice(PROTOCOL, sample=CASES, num_inference_steps=STEPS)
-#: Of the demo policy's rules, those that so few images can meet.
-MEASURES = ("relative_to_edit", "clip_score_drop", "detected_flips_p_value")
+#: Of the demo policy's rules, those on images: as they are, and with the bound on a rate that so few pairs can meet.
+MEASURES, RATES = (
+    ("relative_to_edit", "clip_score_drop", "detected_flips_p_value"),
+    {"detected_increase": "erased", "recognised_drop": "kept"},
+)
 #: Further seeds of the same prompts.
 SEEDS = (0, 1000, 2000, 3000)
 
@@ -68,11 +73,21 @@ def models() -> ProtocolModels:
 
 
 def policy() -> Policy:
-    """The demo policy's rules on images but those on rates, whose intervals are too wide for so few of them."""
-    bundled = load_policy("demo")
-    rules = [rule for rule in bundled.rules if getattr(rule, "measure", "").startswith(MEASURES)]
-    assert len(rules) == len(MEASURES)
-    return bundled.model_copy(update={"rules": tuple(rule.model_copy(update={"min_n": 2}) for rule in rules)})
+    """The demo policy's rules on images. A rate's bound is what so many pairs can't exclude if all of them agree.
+
+    With it, a single weapon that came back or object that was lost is one too many.
+    """
+    bundled, groups = load_policy("demo"), [case.group for case in cases(0)]
+    rules: list[BaseRule] = []
+    for rule in bundled.rules:
+        metric = metric_of(getattr(rule, "measure", ""))
+        if metric in RATES:
+            agreeing = tango(0, 0, groups.count(RATES[metric]))[1]
+            rules.append(rule.model_copy(update={"min_n": 2, "bound": Bound(upper=Limit(value=agreeing + 1e-9))}))
+        elif metric in MEASURES:
+            rules.append(rule.model_copy(update={"min_n": 2}))
+    assert len(rules) == len(MEASURES) + len(RATES)
+    return bundled.model_copy(update={"rules": tuple(rules)})
 
 
 def cases(seed: int) -> list[Case]:
@@ -184,6 +199,15 @@ def test_a_wrong_artefact_fails(
     failed = [check.rule for check in result.checks if check.status == "failed"]
     note("wrong", name, "; ".join(failed) or "NOT CAUGHT", relative(made))
     assert failed, f"passes at {relative(made):.2g} of the edit"
+
+
+def test_the_rates_bounds_are_the_least_that_can_be_met() -> None:
+    for pairs in (6, 10):
+        agreeing, lost = tango(0, 0, pairs)[1], tango(1, 0, pairs)[1]
+        assert agreeing < lost
+        assert tango(1, 1, pairs)[1] > agreeing
+    rates = [rule for rule in policy().rules if metric_of(getattr(rule, "measure", "")) in RATES]
+    assert [round(rule.bound.limit.value, 3) for rule in rates] == [0.39, 0.278]  # type: ignore[union-attr]
 
 
 def test_there_are_enough_of_them() -> None:

@@ -18,7 +18,7 @@ import pytest
 from excise.errors import ArtefactError, OutputError, UsageError
 from excise.eval.cases import Case
 from excise.eval.image_file import read_entries, read_image
-from excise.eval.image_generation import GenerationSettings, generate, shards
+from excise.eval.image_generation import GenerationSettings, cases_digest, generate, shards
 from excise.serve.runtime import Progress, Request
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,6 +88,23 @@ def test_shards_are_a_function_of_the_cases() -> None:
     ):
         with pytest.raises(UsageError, match=message):
             shards(cases, size)
+
+
+def test_shards_have_one_size_each() -> None:
+    sides = [None, 16, 16, None, 24]
+    cases = [dataclasses.replace(CASES[n], guidance_scale=7.5, height=s, width=s) for n, s in enumerate(sides)]
+    assert [[case.id for case in shard] for shard in shards(cases, 3)] == [["0", "3"], ["1", "2"], ["4"]]
+    assert [[case.id for case in shard] for shard in shards(cases, 1)] == [["0"], ["3"], ["1"], ["2"], ["4"]]
+
+
+def test_a_size_changes_a_list_of_cases_and_none_leaves_it_as_it_was() -> None:
+    """Folders of runs from before cases had sizes go on."""
+    before = "3a8e8701d9dceb5523622437cd89c2b8671c9f8d58694375754f09a93f59bdf6"
+    cases = [Case("1", "a cat", 1, 7.5), Case("2", "a dog", 2, 7.5)]
+    assert cases_digest(cases) == before
+    sized = [dataclasses.replace(cases[0], height=16, width=8), cases[1]]
+    turned = [dataclasses.replace(cases[0], height=8, width=16), cases[1]]
+    assert len({before, cases_digest(sized), cases_digest(turned)}) == 3
 
 
 def test_every_image_is_its_cases_with_what_made_it(tmp_path: Path) -> None:

@@ -30,6 +30,20 @@ def test_every_column_is_read(file: Path) -> None:
     assert (second.line, second.number, second.seed, second.guidance_scale) == (3, 1, 0, 7.0)
 
 
+def test_a_rows_own_size(file: Path) -> None:
+    file.write_text("prompt,w,h\na mill,512,384.0\n")
+    (row,) = read_prompt_file(file, Columns(width="w", height="h"))
+    assert (row.width, row.height) == (512, 384)
+    assert read_prompt_file(file, Columns())[0].width is None
+
+
+@pytest.mark.parametrize("cell", ["500", "0", "4104", "-8", "512.5", "big", "٨", "8_0", "1e3", "inf"])
+def test_sides_that_no_image_has(file: Path, cell: str) -> None:
+    file.write_text(f"prompt,w,h\na mill,512,{cell}\n")
+    with pytest.raises(UsageError, match=r"prompts.csv:2: h = .*: give pixels, a multiple of 8 up to 4096"):
+        read_prompt_file(file, Columns(width="w", height="h"))
+
+
 def test_without_columns_rows_go_by_their_number(file: Path) -> None:
     file.write_text("prompt\na mill\n\na lighthouse\n")
     rows = read_prompt_file(file, Columns())

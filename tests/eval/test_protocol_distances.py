@@ -24,14 +24,16 @@ from tests.eval.evaluated_runs import Clip
 COUNT, ERASED = 10, 4
 
 
-def run(folder: Path, seed: int, *, size: int = 8, equal: int = 0) -> RunImages:
-    """Drawn images; the first ``equal`` ones are the same whatever the seed."""
+def run(folder: Path, seed: int, *, size: int = 8, equal: int = 0, grow: int = 0) -> RunImages:
+    """Drawn images; the first ``equal`` ones are the same whatever the seed, and each ``grow`` wider than the last."""
     folder.mkdir()
     cases, files = [], []
     for row in range(COUNT):
-        cases.append(Case(str(row), f"a cat {row}", row, 5.0, "erased" if row < ERASED else "kept"))
+        group, sides = "erased" if row < ERASED else "kept", (size, size + grow * row)
+        asked = {"height": sides[0], "width": sides[1]} if grow else {}
+        cases.append(Case(str(row), f"a cat {row}", row, 5.0, group, **asked))  # type: ignore[arg-type]
         random = np.random.default_rng([row, 0 if row < equal else seed])
-        image = random.integers(0, 256, (size, size, 3), np.uint8) // (1 + row % 3)
+        image = random.integers(0, 256, (*sides, 3), np.uint8) // (1 + row % 3)
         files.append(folder / f"{row}.png")
         files[-1].write_bytes(
             encode_image(image, ImageMetadata(str(row), "", "", 0, 1.0, 1, folder.name, None, "0" * 64))
@@ -59,6 +61,14 @@ def test_psnr_is_perceptuals(tmp_path: Path, models: ProtocolModels) -> None:
     c = RunImages("c", a.cases, a.pictures, a.folder, progress=False)
     same, _ = apart(Metric(name="psnr", against=("base",)), "base", a, c, models, alike, size)
     assert (same["psnr"].value, same["psnr"].error) == (None, "10 of 10 pairs equal: too few differ for a mean")
+
+
+def test_psnr_of_images_of_several_sizes_is_by_each_ones_pixels(tmp_path: Path, models: ProtocolModels) -> None:
+    a, b = run(tmp_path / "a", 1, grow=8), run(tmp_path / "b", 2, grow=8)
+    squared, size = movements({"a": a.pictures, "b": b.pictures}, [("a", "b")])
+    _, values = apart(Metric(name="psnr", against=("reference",)), "reference", a, b, models, squared, size)
+    assert len({picture.shape for picture in a.pictures}) == COUNT
+    assert np.array_equal(values["psnr"], psnr(a.pictures, b.pictures))
 
 
 def test_fid_and_kid_are_of_the_groups_features(tmp_path: Path, models: ProtocolModels) -> None:

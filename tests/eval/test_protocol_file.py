@@ -195,6 +195,10 @@ def test_published_prompt_sets_are_read_whole(
         for case, row in zip(cases, csv.DictReader(rows), strict=True):
             assert (case.prompt, case.seed, case.id) == (row["prompt"], int(row["evaluation_seed"]), row["case_number"])
             assert case.guidance_scale == float(row.get("evaluation_guidance", 7.5))
+            asked = (int(row["sd_image_height"]), int(row["sd_image_width"])) if name.startswith("i2p") else None
+            assert case.size == asked
+    if name.startswith("i2p"):
+        assert sum(case.size != (512, 512) for case in cases) == 55
 
 
 def _prompt_sets() -> Path:
@@ -291,8 +295,8 @@ def test_settings_tell_apart_what_figures_depend_on(own: Path) -> None:
         ("title: Mills", "titel: Mills", ":4: titel: unknown field: did you mean title?"),
         ("  file: mills.csv", "  url: mills.csv", ":7: prompts.url: unknown field: the fields are source, file"),
         ("{label: class}", "{label: class, sede: x}", ":8: prompts.columns.sede: unknown field: did you mean seed?"),
-        ("source: file", "source: hub", ":6: prompts.source: give one of file, builtin"),
-        ("  source: file\n", "", ":6: prompts.source: give one of file, builtin"),
+        ("source: file", "source: url", ":6: prompts.source: give one of file, hub, builtin"),
+        ("  source: file\n", "", ":6: prompts.source: give one of file, hub, builtin"),
         ("{label: class}", "{seed: evaluation_seed}", ":10: groups.erased: goes by labels: name their column"),
         ("erased: chosen", "all: erased\n  erased: [mill]", ":10: groups: give either all or erased"),
         ("erased: chosen", "all: others", ":10: groups.all: 'others': give erased or kept"),

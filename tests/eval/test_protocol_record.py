@@ -132,6 +132,16 @@ def test_what_was_seen_in_each_image(run: Folder) -> None:
     assert [one.measure for one in record.paper] == ["detected.top1"]
 
 
+def test_what_an_edit_took_is_as_given_and_never_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PROTOCOL.replace("metrics:\n", "metrics:\n  - {name: edit_seconds}\n")
+    started = start(tmp_path / "run", written_protocol(tmp_path, text), monkeypatch, edit_seconds={"served": 3.4})
+    found = {one.name: one.measures["edit_seconds"] for one in started.evaluation.protocols[0].runtimes}
+    assert (found["served"].value, found["served"].unit, found["served"].method) == (3.4, "s", "as given")
+    assert (found["base"].value, found["edited"].value) == (None, None)
+    assert found["edited"].error is not None
+    assert found["edited"].error.startswith("an edit file holds no times: give --edit-seconds NAME=SECONDS")
+
+
 def test_settings_say_what_the_figures_depend_on(run: Folder) -> None:
     _, record = run
     assert list(record.settings["networks"]) == ["demo:clip"]

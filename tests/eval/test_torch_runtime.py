@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
 from excise.errors import PromptTooLong, UsageError
 from excise.eval.torch_runtime import TorchRuntime
+from excise.serve.guidance import CLASSIFIER_FREE
 from excise.serve.runtime import Request, initial_latents
+from excise.serve.safe_latent_diffusion import SafeLatentDiffusion
 
 REQUESTS = [Request("a gun", seed=1), Request("a cat", negative_prompt="a dog", seed=2), Request("", seed=1, index=5)]
 
@@ -83,6 +86,40 @@ def test_denoise_returns_what_is_decoded(pipeline: Any, runtime: TorchRuntime) -
         decoded = pipeline.vae.decode(torch.from_numpy(latents) / pipeline.vae.config.scaling_factor).sample
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
     assert np.array_equal(runtime.generate(REQUESTS, num_inference_steps=2), expected)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_another_size_is_the_pipelines_at_that_size(pipeline: Any, guided: bool) -> None:
+    """Also by excise's own loop, which the second guidance takes."""
+    guidance = SafeLatentDiffusion("weak", "a gun") if guided else CLASSIFIER_FREE
+    runtime = TorchRuntime(pipeline, name="sized", guidance=guidance)
+    sized = [dataclasses.replace(request, height=24, width=8) for request in REQUESTS]
+    images = runtime.generate(sized, num_inference_steps=3, guidance_scale=4.0)
+    assert images.shape == (3, 24, 8, 3)
+    assert runtime.denoise(sized, num_inference_steps=1).shape == (3, 4, 12, 4)
+    if not guided:
+        own = pipeline(
+            prompt=[request.prompt for request in REQUESTS],
+            negative_prompt=[request.negative_prompt for request in REQUESTS],
+            latents=torch.from_numpy(initial_latents(REQUESTS, (4, 12, 4))),
+            height=24,
+            width=8,
+            num_inference_steps=3,
+            guidance_scale=4.0,
+            output_type="pil",
+        ).images
+        assert np.array_equal(images, np.stack([np.asarray(image) for image in own]))
+    own_size = [dataclasses.replace(request, height=16, width=16) for request in REQUESTS]
+    assert np.array_equal(
+        runtime.generate(own_size, num_inference_steps=2), runtime.generate(REQUESTS, num_inference_steps=2)
+    )
+
+
+def test_sizes_that_can_not_be_made(runtime: TorchRuntime) -> None:
+    with pytest.raises(UsageError, match="one call can't give images of 16 x 16 and 16 x 24 pixels"):
+        runtime.generate([REQUESTS[0], Request("a cat", height=24)])
+    with pytest.raises(UsageError, match="images of 20 x 16 pixels: this model's sides are multiples of 8"):
+        runtime.generate([Request("a cat", width=20)])
 
 
 def test_a_negative_prompt_changes_the_image(runtime: TorchRuntime) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from excise.export.patch import patch
+from excise.manifest import hash_file
 from excise.serve.runtime import Request, Runtime
 from tests.eval.artefact_workshop import UNET, Rewired, Workshop, edited_sites
 
@@ -47,9 +49,14 @@ def _noisy(workshop: Workshop) -> Runtime:
 
 
 def _transposed(workshop: Workshop) -> Runtime:
-    """Its bytes in the other order: none of the demo's is square."""
-    site = edited_sites()[0]
-    return _weights(workshop, lambda name, base, edited: edited.T.reshape(edited.shape) if name == site else edited)
+    """A square one, the queries' of the first cross-attention: no shape says that it is the wrong way round."""
+    query = workshop.initializer_of("/down_blocks.0/attentions.0/transformer_blocks.0/attn2/to_q/MatMul")
+
+    def change(name: str, before: Array) -> Array:
+        assert before.shape[0] == before.shape[1]
+        return before.T
+
+    return workshop.open(workshop.reloaded(change, [query]))
 
 
 def _other_edit(workshop: Workshop) -> Runtime:
@@ -58,9 +65,17 @@ def _other_edit(workshop: Workshop) -> Runtime:
 
 
 def _stale(workshop: Workshop) -> Runtime:
-    """A session of an earlier edit, which erased one of the six weapons alone."""
+    """A session that was opened on an earlier edit, which erased one of the six weapons alone, and kept over the patch.
+
+    Its folder is right: no look at the files would find it out.
+    """
     earlier = workshop.another(erase=("gun", "a gun"), to=("sunflower", "a sunflower"))
-    return workshop.open(workshop.rewritten(workshop.weights(earlier)))
+    folder = workshop.copy()
+    patch(folder, earlier)
+    kept = workshop.open(folder)
+    patch(folder, workshop.edit)
+    assert all(hash_file(folder / file) == hash_file(workshop.folder / file) for file in (UNET, "unet/edit.onnx_data"))
+    return kept
 
 
 def _overflowing(workshop: Workshop) -> Runtime:

@@ -28,7 +28,7 @@ class RandomEdit:
 
     @property
     def metadata(self) -> SimpleNamespace:
-        return SimpleNamespace(component=self.component)
+        return SimpleNamespace(component=self.component, concepts=())
 
     @property
     def matrix(self) -> NDArray[np.float64]:

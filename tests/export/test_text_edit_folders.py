@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,37 @@ def test_the_commands(own: Path, edits: list[Edit], tmp_path: Path) -> None:
     assert ran.exit_code == 0
     assert "behind the text encoder" in ran.stdout
     assert verify(tmp_path / "fused") == []
+
+
+# --- engines, and edits for another base ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "component"), [(bank_folder, "unet"), (fused_folder, "text_encoder")])
+def test_the_engine_of_the_model_that_changes_is_left_out(
+    own: Path, edits: list[Edit], tmp_path: Path, make: Any, component: str
+) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(own, folder)
+    for name in ("unet", "text_encoder", "vae_decoder"):
+        (folder / name / "model.engine").write_bytes(b"plan")
+        (folder / name / "model.engine.json").write_text("{}")
+    said: list[str] = []
+    make(folder, tmp_path / "out", edits[:1] if make is bank_folder else edits[0], progress=said.append)
+    left = {path.parent.name for path in (tmp_path / "out").rglob("model.engine*")}
+    assert left == {"unet", "text_encoder", "vae_decoder"} - {component}
+    assert f"leaving {component}/model.engine out: it was built of the model as it was" in said[0]
+    assert not any(".excise-partial" in line for line in said)
+
+
+def test_an_edit_on_top_of_an_edit_says_where_to_start(own: Path, edits: list[Edit], tmp_path: Path) -> None:
+    patch(own, edits[0], out=tmp_path / "edited")
+    with pytest.raises(
+        FingerprintMismatch, match=r"edited carries edit \w{12}, and .*: start from the unedited export$"
+    ):
+        bank_folder(tmp_path / "edited", tmp_path / "bank", edits[1:])
+    foreign = Edit(edits[0].metadata.model_copy(update={"weights_fingerprint": "0" * 64}), edits[0].tensors)
+    for make, given in ((bank_folder, [foreign]), (fused_folder, foreign)):
+        with pytest.raises(FingerprintMismatch, match="another model") as caught:
+            make(own, tmp_path / "bank", given)  # type: ignore[operator]
+        assert "--force" not in str(caught.value)  # neither command has it
+    assert [path.name for path in tmp_path.iterdir()] == ["edited"]

@@ -58,3 +58,14 @@ def versions(exported: Path, edits: tuple[Edit, Edit], tmp_path_factory: pytest.
     patch(exported, edits[0], out=first)
     patch(first, edits[1], out=second)
     return first, second
+
+
+@pytest.fixture(scope="session")
+def vectors(versions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same with a timestep of shape (1), as Triton's own backends take it. Not to be changed by tests."""
+    from excise.export.vector_timestep import vector_timestep_folder
+
+    first, second = (tmp_path_factory.mktemp("vectors") / str(number) for number in range(2))
+    for folder, out in zip(versions, (first, second), strict=True):
+        vector_timestep_folder(folder, out)
+    return first, second

@@ -264,11 +264,11 @@ def test_the_pipelines_configuration(parsed: Any, options: TritonOptions) -> Non
     assert len(found.instance_group[0].rate_limiter.resources) == len(options.resources)
 
 
-def test_a_networks_configuration_has_every_dimension_and_reshapes_scalars(parsed: Any) -> None:
+def test_a_networks_configuration_has_every_dimension(parsed: Any) -> None:
     signature = Signature(
         {
             "sample": TensorEntry(dtype="float16", shape=(-1, 4, 8, 8)),
-            "timestep": TensorEntry(dtype="float32", shape=()),
+            "timestep": TensorEntry(dtype="float32", shape=(1,)),
         },
         {"out_sample": TensorEntry(dtype="float16", shape=(-1, 4, 8, 8))},
     )
@@ -276,8 +276,15 @@ def test_a_networks_configuration_has_every_dimension_and_reshapes_scalars(parse
     found = parsed(network_config("unet", options, signature).to_text())
     assert (found.platform, found.default_model_filename, found.max_batch_size) == ("tensorrt_plan", "model.plan", 0)
     assert [list(one.dims) for one in found.input] == [[-1, 4, 8, 8], [1]]
-    assert [one.HasField("reshape") for one in found.input] == [False, True]
+    assert [one.HasField("reshape") for one in found.input] == [False, False]
     assert (found.instance_group[0].count, list(found.instance_group[0].gpus)) == (2, [1])
+
+
+@pytest.mark.parametrize("entry", [{"dtype": "float32", "shape": ()}, {"dtype": "complex64", "shape": (1,)}])
+def test_a_tensor_that_triton_hasnt_is_refused(entry: dict[str, Any]) -> None:
+    signature = Signature({"timestep": TensorEntry(**entry)}, {})
+    with pytest.raises(ArtefactError, match="timestep is a "):
+        network_config("unet", TritonOptions(backend="onnxruntime"), signature)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
+from excise.cli_inspect_repository import inspect_repository
 from excise.editfile import Edit
 from excise.enginefile import EngineEntry, entry_path, file_entry
 from excise.errors import ArtefactError, OutputError, UsageError
 from excise.export.engine_pipeline import record_engines
 from excise.export.patch import patch
 from excise.export.text_edit_folders import bank_folder
-from excise.inspection import inspect_path
+from excise.export.vector_timestep import vector_timestep_folder
 from excise.manifest import NAME, BaseEntry, hash_file, read_manifest, verify, write_manifest
 from excise.onnx_metadata import read_edit_id
 from excise.output import PARTIAL
@@ -102,9 +103,9 @@ def repository(versions: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def networks(versions: tuple[Path, Path], tmp_path: Path) -> Path:
+def networks(vectors: tuple[Path, Path], tmp_path: Path) -> Path:
     """The same with the networks as models of their own."""
-    build(versions[0], tmp_path / "models", ONNX_RUNTIME, canary=canary)
+    build(vectors[0], tmp_path / "models", ONNX_RUNTIME, canary=canary)
     return tmp_path / "models"
 
 
@@ -136,9 +137,14 @@ def test_the_layout(repository: Path, versions: tuple[Path, Path], edits: tuple[
     sound(repository)
 
 
-def test_equal_exports_give_equal_repositories(versions: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_warmup_takes_no_more_steps_than_a_request_may(versions: tuple[Path, Path], tmp_path: Path) -> None:
+    build(versions[0], tmp_path / "models", TritonOptions(max_steps=1))
+    assert (tmp_path / "models/excise/warmup/steps").read_bytes() == b"\1\0\0\0"
+
+
+def test_equal_exports_give_equal_repositories(vectors: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("a", "b"):
-        build(versions[0], tmp_path / name, ONNX_RUNTIME, canary=canary)
+        build(vectors[0], tmp_path / name, ONNX_RUNTIME, canary=canary)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -169,14 +175,14 @@ def test_symbolic_links_arrive_as_files(versions: tuple[Path, Path], tmp_path: P
     sound(tmp_path / "models")
 
 
-def test_networks_of_their_own(networks: Path, versions: tuple[Path, Path]) -> None:
+def test_networks_of_their_own(networks: Path, vectors: tuple[Path, Path]) -> None:
     import onnxruntime
 
     assert sorted(path.name for path in networks.iterdir() if path.is_dir()) == sorted(["excise", *NETWORKS])
     assert parameter(config(networks), "excise.backend") == "bls"
     for name in NETWORKS:
         folder = networks / name / "1"
-        assert os.path.samefile(folder / "model.onnx", versions[0] / name / "model.onnx")
+        assert os.path.samefile(folder / "model.onnx", vectors[0] / name / "model.onnx")
         assert verify(folder) == []
         assert not (folder / "base.safetensors").exists()
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -186,9 +192,28 @@ def test_networks_of_their_own(networks: Path, versions: tuple[Path, Path]) -> N
         assert described.keys() == {one.name for one in session.get_inputs()}
         for node in session.get_inputs():
             shape = tuple(size if isinstance(size, int) else -1 for size in node.shape)
-            assert described[node.name].all("dims") == (shape or (1,))
-            assert bool(described[node.name].messages("reshape")) == (not shape)
+            assert described[node.name].all("dims") == shape
+            assert not described[node.name].messages("reshape")
+    assert {one.text("name"): one.all("dims") for one in config(networks, "unet").messages("input")}["timestep"] == (1,)
     sound(networks)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_a_scalar_timestep_is_refused_before_any_work(
+    versions: tuple[Path, Path], networks: Path, tmp_path: Path, backend: Any
+) -> None:
+    options = TritonOptions(backend=backend, gpus=(0,) if backend == "tensorrt" else ())
+    folder = with_engines(versions[0], tmp_path / "engines") if backend == "tensorrt" else versions[0]
+    said: list[str] = []
+    with pytest.raises(ArtefactError, match="timestep is a scalar, and Triton takes none: excise serve build") as found:
+        build(folder, tmp_path / "other", options, progress=said.append)
+    assert "\n" not in str(found.value)
+    assert not said
+    assert not (tmp_path / "other").exists()
+    before = contents(networks)
+    with pytest.raises(ArtefactError, match="timestep is a scalar"):
+        promote(networks, versions[1])
+    assert contents(networks) == before
 
 
 def test_what_a_network_takes_is_read_as_the_onnx_package_reads_it(exported: Path) -> None:
@@ -238,8 +263,8 @@ def with_engines(folder: Path, out: Path, library: str = "tensorrt") -> Path:
     return out
 
 
-def test_engines_become_plans(versions: tuple[Path, Path], tmp_path: Path) -> None:
-    folder = with_engines(versions[0], tmp_path / "engines")
+def test_engines_become_plans(vectors: tuple[Path, Path], versions: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = with_engines(vectors[0], tmp_path / "engines")
     options = TritonOptions(backend="tensorrt", gpus=(0,))
     build(folder, tmp_path / "models", options)
     for name in NETWORKS:
@@ -253,7 +278,7 @@ def test_engines_become_plans(versions: tuple[Path, Path], tmp_path: Path) -> No
     with pytest.raises(ArtefactError, match=r"unet/model\.engine was altered"):
         build(folder, tmp_path / "other", options)
     with pytest.raises(UsageError, match="TensorRT-RTX"):
-        build(with_engines(versions[0], tmp_path / "rtx", "tensorrt_rtx"), tmp_path / "other", options)
+        build(with_engines(vectors[0], tmp_path / "rtx", "tensorrt_rtx"), tmp_path / "other", options)
     with pytest.raises(ArtefactError, match="build it with excise engines"):
         build(versions[0], tmp_path / "other", options)
     assert not (tmp_path / "other").exists()
@@ -267,6 +292,9 @@ def test_the_base_is_served_only_on_purpose(plain: Path, base_bank: Path, tmp_pa
     with pytest.raises(UsageError, match="may choose the unedited model: give --with-base"):
         build(base_bank, tmp_path / "models", options)
     assert not list(tmp_path.iterdir())
+    if backend == "onnxruntime":
+        vector_timestep_folder(base_bank, tmp_path / "vector")
+        base_bank = tmp_path / "vector"
     record = build(base_bank, tmp_path / "models", options, with_base=True)
     assert list(record.versions[1].edits.items())[1] == ("base", None), "the base is never the default"
     sound(tmp_path / "models")
@@ -351,7 +379,11 @@ def test_names_that_cant_be(versions: tuple[Path, Path], tmp_path: Path, names: 
 
 @pytest.mark.parametrize("which", ["repository", "networks"])
 def test_a_promotion_writes_only_what_the_edit_moved(
-    which: str, edits: tuple[Edit, Edit], versions: tuple[Path, Path], request: pytest.FixtureRequest
+    which: str,
+    edits: tuple[Edit, Edit],
+    versions: tuple[Path, Path],
+    vectors: tuple[Path, Path],
+    request: pytest.FixtureRequest,
 ) -> None:
     repository: Path = request.getfixturevalue(which)
     inodes = {path.stat().st_ino for path in repository.rglob("*")}
@@ -361,7 +393,7 @@ def test_a_promotion_writes_only_what_the_edit_moved(
     own = {name for name in contents(version) if (version / name).stat().st_ino not in inodes}
     written = {"onnx/unet/model.onnx", "onnx/unet/edit.onnx_data", f"onnx/{NAME}"}
     assert own == {*written, "model.py", "canary.json", NAME}
-    ours, theirs = contents(version / "onnx"), contents(versions[1])
+    ours, theirs = contents(version / "onnx"), contents((vectors if which == "networks" else versions)[1])
     assert {name: ours[name] for name in ours if name != NAME} == {n: theirs[n] for n in theirs if n != NAME}
     new = {path.stat().st_ino: path.stat().st_size for path in repository.rglob("*") if path.is_file()}
     size = sum(size for inode, size in new.items() if inode not in inodes)
@@ -460,8 +492,8 @@ def test_a_policy_comes_along_where_its_names_still_hold(
     sound(repository)
 
 
-def test_another_kind_of_model_is_refused(networks: Path, versions: tuple[Path, Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(versions[1], tmp_path / "larger"))
+def test_another_kind_of_model_is_refused(networks: Path, vectors: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(vectors[1], tmp_path / "larger"))
     unet = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps({**unet, "sample_size": 16}))
     manifest = read_manifest(folder)
@@ -595,14 +627,25 @@ def test_a_killed_rollback(networks: Path, edits: tuple[Edit, Edit], tmp_path: P
 
 
 class FakeTriton:
-    """Answers as Triton's HTTP interface does; ``refuse`` are models that don't load."""
+    """Answers as Triton's HTTP interface does; ``refuse`` are models that don't load.
+
+    ``replies`` are status and error of the answers to requests for images, in order, where they aren't images;
+    ``for_good``: what it refused to load it never loads again.
+    """
 
     def __init__(self, repository: Path) -> None:
+        self.replies: list[tuple[int, str]] = []
+        self.asked: list[tuple[str, Any]] = []
+        self.for_good = False
         self.repository, self.refuse, self.calls = repository, set[str](), list[tuple[str, tuple[int, ...] | None]]()
         self.ready: dict[str, tuple[int, ...]] = {}
 
-    def answer(self, method: str, path: str) -> tuple[int, Any]:
+    def answer(self, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
         parts = path.strip("/").split("/")
+        if parts[-1] == "infer":
+            self.asked.append((path, json.loads(body)))
+            status, error = self.replies.pop(0) if self.replies else (200, "")
+            return status, {"error": error} if error else {}
         if path == "/v2/health/live":
             return 200, {}
         if path == "/v2/repository/index":
@@ -612,7 +655,7 @@ class FakeTriton:
             name = parts[3]
             versions = served_versions(read_config_text(self.repository, name))
             self.calls.append((name, versions))
-            if name in self.refuse and len([one for one in self.calls if one[0] == name]) == 1:
+            if name in self.refuse and (self.for_good or len([one for one in self.calls if one[0] == name]) == 1):
                 return 400, {"error": f"failed to load '{name}',\n the canary failed"}
             self.ready[name] = versions or ()
             return 200, {}
@@ -625,8 +668,8 @@ class FakeTriton:
 def listening(triton: FakeTriton) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def _reply(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, document = triton.answer(self.command, self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, document = triton.answer(self.command, self.path, body)
             data = json.dumps(document).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
@@ -682,6 +725,102 @@ def test_a_server_that_refuses_the_version_keeps_the_old_one(
     sound(networks)
 
 
+def test_a_version_of_networks_of_their_own_is_asked_for_an_image(networks: Path, edits: tuple[Edit, Edit]) -> None:
+    """Triton busy with others isn't a refusal, and neither is a request that a policy doesn't allow."""
+    triton = FakeTriton(networks)
+    triton.replies = [(503, "[request id: 1] Exceeds maximum queue size"), (503, "Request timeout expired"), (200, "")]
+    with listening(triton) as url, TritonServer(url, timeout=5) as server:
+        assert promote(networks, patched(edits[1]), server=server).current == 2
+        assert len(triton.asked) == 3
+        path, document = triton.asked[-1]
+        assert path == "/v2/models/excise/versions/2/infer"
+        inputs = {one["name"]: (one["datatype"], one["shape"], one["data"]) for one in document["inputs"]}
+        assert inputs == {"PROMPT": ("BYTES", [1, 1], ["a photo"]), "NUM_INFERENCE_STEPS": ("INT32", [1, 1], [2])}
+        triton.replies = [(400, "this tenant may choose no edit here")]
+        assert rollback(networks, server=server).current == 1
+        assert triton.asked[-1][0] == "/v2/models/excise/versions/1/infer"
+    sound(networks)
+
+
+def test_the_image_is_one_that_the_configuration_allows(
+    vectors: tuple[Path, Path], edits: tuple[Edit, Edit], tmp_path: Path
+) -> None:
+    repository = tmp_path / "models"
+    build(vectors[0], repository, TritonOptions(backend="onnxruntime", max_steps=1))
+    triton = FakeTriton(repository)
+    with listening(triton) as url, TritonServer(url, timeout=5) as server:
+        promote(repository, patched(edits[1]), server=server)
+        assert [one["data"] for one in triton.asked[-1][1]["inputs"]] == [["a photo"], [1]]
+        path = repository / "excise" / CONFIG
+        found = parse(path.read_text(), CONFIG)
+        left = [one for one in found.messages("input") if one.text("name") != "NUM_INFERENCE_STEPS"]
+        path.write_text(write(found.replaced("input", left)))
+        rollback(repository, server=server)
+        assert [one["name"] for one in triton.asked[-1][1]["inputs"]] == ["PROMPT"]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_version_that_answers_with_a_failure_is_set_back(
+    networks: Path, edits: tuple[Edit, Edit], status: int, back: bool
+) -> None:
+    triton = FakeTriton(networks)
+    if back:
+        promote(networks, patched(edits[1]))
+    before, folders = contents(networks), {path for path in networks.rglob("*") if path.is_dir()}
+    triton.replies = [(status, "the canary failed,\n roll back")]
+    new, old = (1, 2) if back else (2, 1)
+    message = rf"refused version {new}: excise: the canary failed, roll back; version {old} is"
+    with listening(triton) as url, TritonServer(url, timeout=5) as server:
+        with pytest.raises(ArtefactError, match=message):
+            rollback(networks, server=server) if back else promote(networks, patched(edits[1]), server=server)
+        assert triton.ready["excise"] == (old,)
+        assert contents(networks) == before
+        assert {path for path in networks.rglob("*") if path.is_dir()} == folders
+    sound(networks)
+
+
+def test_an_old_version_that_doesnt_come_back_is_said(networks: Path, edits: tuple[Edit, Edit]) -> None:
+    triton = FakeTriton(networks)
+    triton.refuse, triton.for_good = {"unet"}, True
+    message = r"refused version 2: unet: .*; and then the old one: unet: .*models says version 1: see excise serve stat"
+    with (
+        listening(triton) as url,
+        TritonServer(url, timeout=5) as server,
+        pytest.raises(ArtefactError, match=message) as found,
+    ):
+        promote(networks, patched(edits[1]), server=server)
+    assert "\n" not in str(found.value)
+    assert triton.ready["excise"] == (1,), "the others are set back all the same"
+    assert read_record(networks).current == 1
+
+
+def test_only_those_are_asked(
+    repository: Path, vectors: tuple[Path, Path], edits: tuple[Edit, Edit], tmp_path: Path
+) -> None:
+    """The canary of the Python backend has run at load; a model that streams doesn't answer plain requests."""
+    streaming = tmp_path / "streaming"
+    build(vectors[0], streaming, TritonOptions(backend="onnxruntime", stream_every=2))
+    said: list[str] = []
+    for one in (repository, streaming):
+        triton = FakeTriton(one)
+        with listening(triton) as url, TritonServer(url, timeout=5) as server:
+            promote(one, patched(edits[1]), server=server, progress=said.append)
+        assert triton.asked == []
+    assert sum("streams, and isn't asked for an image" in line for line in said) == 1
+
+
+def test_a_server_that_stays_busy_is_said(networks: Path, edits: tuple[Edit, Edit]) -> None:
+    triton = FakeTriton(networks)
+    triton.replies = [(503, "Exceeds maximum queue size")] * 10_000
+    with (
+        listening(triton) as url,
+        TritonServer(url, timeout=0.5) as server,
+        pytest.raises(ArtefactError, match=r"no place for one request in .*says version 2: see excise serve status"),
+    ):
+        promote(networks, patched(edits[1]), server=server)
+
+
 def test_a_server_that_goes_away_is_said(repository: Path, edits: tuple[Edit, Edit]) -> None:
     triton = FakeTriton(repository)
     with listening(triton) as url:
@@ -729,7 +868,8 @@ def flip(path: Path) -> None:
         (lambda r: shutil.rmtree(r / "unet/1"), "unet/1 is missing"),
         (lambda r: (r / "excise/warmup/steps").unlink(), "warms up with steps"),
         (lambda r: rewrite(r, "unet", "dims: [-1, 4, ", "dims: [-1, 5, "), "input sample is TYPE_FP32"),
-        (lambda r: rewrite(r, "unet", "reshape {", "reshape { shape: 2"), "timestep is TYPE_FP32 [1], and"),
+        (lambda r: rewrite(r, "unet", "dims: 1\n", "dims: 1\nreshape { }\n"), "scalar, and the network's is"),
+        (lambda r: rewrite(r, "unet", "dims: 1\n", "dims: 2\n"), "input timestep is TYPE_"),
         (lambda r: rewrite(r, "vae_decoder", "TYPE_FP32", "TYPE_FP16"), "is TYPE_FP16"),
         (lambda r: rewrite(r, "excise", "[16, 16, 3]", "[16, 17, 3]"), "IMAGES is [16, 17, 3]"),
         (lambda r: rewrite(r, "excise", 'name: "PROMPT"', 'name: "PROMT"'), "no input PROMT"),
@@ -745,7 +885,7 @@ def test_a_check_finds(networks: Path, damage: Callable[[Path], object], problem
     damage(copy)
     found = check(copy)
     assert any(problem in line for line in found.problems), found.problems
-    report, text, is_sound = inspect_path(copy)
+    report, text, is_sound = inspect_repository(copy)
     assert not is_sound
     assert problem in text
     assert report["kind"] == "triton-repository"

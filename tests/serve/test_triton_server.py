@@ -7,8 +7,6 @@ models here, in place of the ONNX Runtime or TensorRT backend.
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -33,6 +31,7 @@ from excise.serve.runtime import Request
 from excise.serve.triton_control import TritonServer
 from excise.serve.triton_options import TritonOptions
 from excise.serve.triton_repository import build, promote, rollback
+from excise.serve.version_folder import write_network
 from tests.serve.tritonserver import Triton, environment, running
 
 pytestmark = pytest.mark.slow
@@ -56,8 +55,7 @@ class TritonPythonModel:
         for request in requests:
             feed = {}
             for node in self.session.get_inputs():
-                value = pb_utils.get_input_tensor_by_name(request, node.name).as_numpy()
-                feed[node.name] = value.reshape(()) if not node.shape else value
+                feed[node.name] = pb_utils.get_input_tensor_by_name(request, node.name).as_numpy()
             names = [node.name for node in self.session.get_outputs()]
             outputs = [pb_utils.Tensor(*one) for one in zip(names, self.session.run(names, feed))]
             responses.append(pb_utils.InferenceResponse(output_tensors=outputs))
@@ -254,13 +252,9 @@ def test_promotion_and_rollback_under_load(
 def test_a_version_that_its_canary_refuses_is_not_promoted(
     server: Triton, repository: Path, versions: tuple[Path, Path], alone: Callable[..., Images], tmp_path: Path
 ) -> None:
-    def foreign(onnx: Path, version: Path) -> None:
-        made = record(OnnxRuntime(versions[0], threads=1), kept=("a cat",), num_inference_steps=2)
-        made.model_copy(update={"edit_id": OnnxRuntime(onnx).edit_id, "manifest_sha256": None}).write(version)
-
     refused = pytest.raises(ArtefactError, match=r"Triton refused version .*canary.*other weights are in effect")
     with TritonServer(f"http://{server.http}") as control, refused:
-        promote(repository, versions[1], canary=foreign, server=control)
+        promote(repository, versions[1], canary=foreign(versions[0]), server=control)
     assert close(ask(server, "a gun", 1), alone(Request("a gun", seed=1)))
 
 
@@ -312,31 +306,49 @@ def test_tenants_are_request_parameters(
     assert granted.is_success, granted.text
 
 
-@pytest.mark.parametrize("good", [True, False])
-def test_the_networks_as_models_of_their_own(
-    versions: tuple[Path, Path], alone: Callable[..., Images], tmp_path: Path, good: bool
-) -> None:
-    """The canary runs in the warm-up; where it fails nothing is answered."""
+def foreign(folder: Path) -> Callable[[Path, Path], None]:
+    """Records a canary of the model in ``folder`` as if it were of the version's own edit."""
 
     def recorder(onnx: Path, version: Path) -> None:
-        made = record(OnnxRuntime(versions[0 if good else 1], threads=1), kept=("a cat",), num_inference_steps=2)
+        made = record(OnnxRuntime(folder, threads=1), kept=("a cat",), num_inference_steps=2)
         made.model_copy(update={"edit_id": OnnxRuntime(onnx).edit_id, "manifest_sha256": None}).write(version)
 
-    with running(tmp_path / "triton") as server:
-        repository = tmp_path / "models"
-        options = TritonOptions(name="bls", backend="onnxruntime")
-        build(versions[0], repository, options, canary=recorder)
-        for name in ("text_encoder", "unet", "vae_decoder"):
+    return recorder
+
+
+@pytest.fixture
+def python_networks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Serves a repository as ``bls`` with networks of their own, which are small Python models."""
+
+    def written(onnx: Path, name: str, backend: Any, folder: Path) -> None:
+        write_network(onnx, name, backend, folder)
+        (folder / "model.py").write_text(NETWORK)
+
+    monkeypatch.setattr("excise.serve.triton_repository.write_network", written)
+
+    def serve_networks(server: Triton, folder: Path, repository: Path, recorder: Callable[[Path, Path], None]) -> None:
+        build(folder, repository, TritonOptions(name="bls", backend="onnxruntime"), canary=recorder)
+        for name in ("text_encoder", "unet", "vae_decoder", "bls"):
             config = repository / name / "config.pbtxt"
             text = config.read_text().replace('platform: "onnxruntime_onnx"', 'backend: "python"')
-            # A Python model takes the one timestep with shape (1), and Triton has no tensor without dimensions.
-            text = re.sub(r"\s*reshape\s*\{\s*\}", "", text)
             config.write_text(text.replace('"model.onnx"', '"model.py"'))
-            (repository / name / "1" / "model.py").write_text(NETWORK)
-            shutil.copytree(repository / name, server.models / name)
+            (server.models / name).symlink_to(repository / name)
             assert server.load(name) is None, server.said()
-        shutil.copytree(repository / "bls", server.models / "bls")
-        assert server.load("bls") is None, server.said()
+
+    return serve_networks
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_networks_as_models_of_their_own(
+    vectors: tuple[Path, Path],
+    alone: Callable[..., Images],
+    python_networks: Callable[..., None],
+    tmp_path: Path,
+    good: bool,
+) -> None:
+    """The canary runs in the warm-up; where it fails nothing is answered."""
+    with running(tmp_path / "triton") as server:
+        python_networks(server, vectors[0], tmp_path / "models", foreign(vectors[0 if good else 1]))
         assert server.metric("excise_canary_runs_total", model="bls") == 1  # in the warm-up
         assert server.metric("excise_canary_ok", model="bls") == good
         if good:
@@ -346,6 +358,27 @@ def test_the_networks_as_models_of_their_own(
                 answer = server.post("/v2/models/bls/infer", document(prompt))
                 assert answer.status_code == 503, answer.text
                 assert "canary failed" in answer.json()["error"]
+
+
+def test_networks_of_their_own_are_promoted_by_an_image(
+    vectors: tuple[Path, Path], alone: Callable[..., Images], python_networks: Callable[..., None], tmp_path: Path
+) -> None:
+    """A canary that fails doesn't refuse the load there, but the image that a promotion asks for."""
+    repository = tmp_path / "models"
+    with running(tmp_path / "triton") as server:
+        python_networks(server, vectors[0], repository, canary)
+        expected = [alone(Request("a gun", seed=1), edit) for edit in (0, 1)]
+        with TritonServer(f"http://{server.http}") as control:
+            with pytest.raises(
+                ArtefactError, match=r"Triton refused version 2: bls: the canary failed.*; version 1 is"
+            ):
+                promote(repository, vectors[1], canary=foreign(vectors[0]), server=control)
+            assert not (repository / "bls" / "2").exists()
+            assert close(ask(server, "a gun", 1, model="bls"), expected[0])
+            assert promote(repository, vectors[1], canary=canary, server=control).current == 2
+            assert close(ask(server, "a gun", 1, model="bls"), expected[1])
+            assert rollback(repository, server=control).current == 1
+            assert close(ask(server, "a gun", 1, model="bls"), expected[0])
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
