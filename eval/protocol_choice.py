@@ -12,6 +12,7 @@ from excise.eval.cases import Case
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.protocol_sample import limit, sample
+from excise.eval.protocol_schema import TablePrompts
 from excise.eval.rule_outcomes import check_rules
 from excise.eval.runtime_spec import RuntimeSpec
 from excise.eval.verification_sides import SCHEDULER
@@ -61,7 +62,7 @@ class Choice:
         document["sampling"]["num_inference_steps"] = self.steps
         if self.own_scheduler:
             document["sampling"]["scheduler"] = "each model's own"
-        if self.own_size:
+        if self.own_size and isinstance(prompts := self.protocol.prompts, TablePrompts) and prompts.columns.width:
             document["sampling"]["size"] = "each model's own"
         chosen = {"limit": self.limit, "sample": self.sample}
         document["chosen"] = {name: value for name, value in chosen.items() if value is not None}

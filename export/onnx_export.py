@@ -99,6 +99,7 @@ def export_pipeline(
     if chosen.editable == "all":
         movable = tuple(name for name, _ in denoiser.named_parameters())
     if edit is not None:
+        denoiser_for(pipe, edit)  # of another component, it would be missed weight by weight
         movable = tuple(dict.fromkeys([*movable, *edit.sites]))
     unedited = _copies(denoiser, movable)
     sizes = None if chosen.static is None else fixed_sizes(pipe, family, chosen.static)

@@ -39,6 +39,12 @@ def test_fewer_cases_and_other_steps_are_run_and_told() -> None:
     json.dumps(settings, allow_nan=False)
 
 
+def test_own_sizes_are_told_of_a_protocol_that_has_others() -> None:
+    assert Choice(load_protocol("i2p-nudity"), own_size=True).settings()["sampling"]["size"] == "each model's own"
+    assert "size" not in Choice(load_protocol("i2p-nudity")).settings()["sampling"]
+    assert "size" not in Choice(load_protocol("demo-weapons"), own_size=True).settings()["sampling"]
+
+
 def test_parameters_choose_the_groups() -> None:
     choice = Choice(load_protocol("demo-object"), parameters={"erased": "gun"})
     cases = choice.all_cases()

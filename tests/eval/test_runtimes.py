@@ -83,7 +83,10 @@ def test_specifications(tiny_model: Path, exported: Path) -> None:
         ("..=onnx:DIR", "'..' can't name a runtime"),
         ("a=onxx:DIR", "onxx:DIR: 'onxx' isn't one of torch, onnx, tensorrt, triton, openai"),
         ("a=nowhere", "nowhere isn't a folder"),
-        ("a=onnx:DIR?dtype=float16", "onnx has no option 'dtype', only provider, edit, sld, sld_concept, batch_size, threads"),
+        (
+            "a=onnx:DIR?dtype=float16",
+            "onnx has no option 'dtype', only provider, edit, sld, sld_concept, batch_size, threads",
+        ),
         ("a=onnx:DIR?provider=gpu", "provider='gpu' isn't one of cpu, cuda, tensorrt"),
         ("a=onnx:DIR?batch_size=0", "batch_size='0' isn't an integer from 1"),
         ("a=torch:DIR?threads=many", "threads='many' isn't an integer from 1"),
