@@ -279,7 +279,7 @@ def _move(pipeline: Any, spec: SideSpec, device: str, dtype: str) -> None:
         what = f"has {unknown[0]}" if unknown else f"has no {missing[0]}"
         raise ModelError(
             f"{spec.folder} is a {type(pipeline).__name__}, which {what}: verify compares Stable Diffusion 1 and 2, "
-            "and eval runs no others"
+            "and eval runs no others; excise verify --components compares every family that excise exports"
         )
     import torch
 
