@@ -132,6 +132,7 @@ def chosen_protocol(
         parameters=parsed_pairs("--set", parameters),
         num_inference_steps=steps,
         own_scheduler=scheduler == "own",
+        own_size=True,
         **fewer,
     )
     if not choice.protocol.rules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def edit(
             raise UsageError(f"--curve draws the stages of a closed form: {recipe.method} has none, remove it")
         _check_picture(curve)
     beside = out.with_suffix(".training") if trained and checkpoints is None else None
+    started = time.perf_counter()
     made = solve(
         model,
         recipe,
@@ -94,16 +96,28 @@ def edit(
         judging=judging,
         checkpoints=checkpoints or beside,
     )
+    seconds = time.perf_counter() - started
     save_edit(out, made)
     if beside is not None:
         shutil.rmtree(beside)
-    lines = [f"{out}", f"  id      {made.id}", f"  {made.summary}", *stage_lines(made)]
+    lines = [
+        f"{out}",
+        f"  id      {made.id}",
+        f"  {made.summary}",
+        *stage_lines(made),
+        f"  {seconds:.1f} s, reading the model and the certificate included",
+    ]
     if curve is not None:
         with needs("eval"):
             from excise.edit.curves import draw_stages
         draw_stages(curve, made.metadata.stages)
         lines.append(f"  curve   {curve}")
-    document = {"edit": str(out), "id": made.id, "metadata": made.metadata.model_dump(mode="json")}
+    document = {
+        "edit": str(out),
+        "id": made.id,
+        "seconds": round(seconds, 3),
+        "metadata": made.metadata.model_dump(mode="json"),
+    }
     result(document, "\n".join(lines), as_json)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from excise.cli_attack_options import parsed_pairs
 from excise.cli_recipe import number
 from excise.console import json_option, needs, result, say
 from excise.errors import UsageError
@@ -124,7 +125,7 @@ def evaluate(
             compare=compare,
         )
         make_demo_table(
-            out, _parsed("--set", parameters), cases=sample, steps=steps, batch_size=batch_size, as_json=as_json
+            out, parsed_pairs("--set", parameters), cases=sample, steps=steps, batch_size=batch_size, as_json=as_json
         )
         return
     with needs("eval"):
@@ -169,7 +170,7 @@ def evaluate(
         folder=out,
         specs=specs,
         roles=Roles(base=base or _named(names, BASE), reference=reference or _named(names, REFERENCE), floor=floor),
-        models=ProtocolModels({name: Path(place) for name, place in _parsed("--model", models).items()}, device),
+        models=ProtocolModels({name: Path(place) for name, place in parsed_pairs("--model", models).items()}, device),
         load_pipeline=load_pipeline,
         batch_size=batch_size,
         image_format=image_format,
@@ -181,7 +182,7 @@ def evaluate(
         Choice(
             load_protocol(name),
             prompts=prompts,
-            parameters=_parsed("--set", parameters),
+            parameters=parsed_pairs("--set", parameters),
             limit=limit,
             sample=sample,
             sample_seed=sample_seed,
@@ -218,23 +219,10 @@ def _named(names: list[str], roles: tuple[str, ...]) -> str | None:
     return next((name for name in roles if name in names), None)
 
 
-def _parsed(option: str, texts: tuple[str, ...]) -> dict[str, str]:
-    """``NAME=VALUE`` pairs."""
-    found: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise UsageError(f"{option} {text!r}: give NAME=VALUE")
-        if name in found:
-            raise UsageError(f"{option} {name} is given twice")
-        found[name] = value
-    return found
-
-
 def _seconds(texts: tuple[str, ...], names: list[str]) -> dict[str, float]:
     """``--edit-seconds`` by runtime."""
     found = {}
-    for name, text in _parsed("--edit-seconds", texts).items():
+    for name, text in parsed_pairs("--edit-seconds", texts).items():
         if name not in names:
             raise UsageError(f"--edit-seconds {name}={text}: the runtimes are {', '.join(names)}")
         found[name] = number("--edit-seconds", text)

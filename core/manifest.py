@@ -96,8 +96,8 @@ class WeightEntry(_Model):
         offset: The initialiser's first byte in ``data``.
         node: Name of the node that reads the weight.
         initializer: Name of the initialiser.
-        transposed: Whether the initialiser holds the weight's transpose (d × o in place of o × d). A vector may have axes
-            of size 1 beside, as (c, 1, 1).
+        transposed: Whether the initialiser holds the weight's transpose (d × o in place of o × d). A vector may have
+            axes of size 1 beside, as (c, 1, 1).
         dtype: The initialiser's, in NumPy's words.
         shape: The initialiser's.
         sha256: Of the initialiser's bytes, C order, little-endian.

@@ -1,8 +1,9 @@
 """An endpoint with OpenAI's image API as a runtime: ``POST {URL}/v1/images/generations``.
 
-Sent for each image: ``prompt``, ``n`` = 1, ``response_format`` = ``b64_json``, ``model`` and ``size`` where they were
-named, and the extensions ``seed``, ``num_inference_steps``, ``guidance_scale`` and ``negative_prompt``, without which
-nothing could be compared. Read: ``data[0].b64_json``, a PNG, WebP or JPEG image (of which JPEG loses detail).
+Sent for each image: ``prompt``, ``n`` = 1, ``response_format`` = ``b64_json``, ``model`` where it was named, ``size``
+where the request names one or the runtime does, and the extensions ``seed``, ``num_inference_steps``,
+``guidance_scale`` and ``negative_prompt``, without which nothing could be compared. Read: ``data[0].b64_json``, a PNG,
+WebP or JPEG image (of which JPEG loses detail).
 Source: OpenAI's API reference, "Create image"; the extensions are those of servers of open models.
 """
 
@@ -31,7 +32,7 @@ class OpenAIRuntime(EndpointRuntime):
         endpoint: where; ``PATH`` is appended to its address.
         name: as in reports.
         model: the server's name for what it is to run; None leaves it to the server.
-        size: (width, height); None leaves it to the server.
+        size: (width, height) of images whose request names none; None leaves it to the server.
         concurrency: how many requests are under way at a time.
     """
 
@@ -52,6 +53,7 @@ class OpenAIRuntime(EndpointRuntime):
         self, session: Session, requests: Sequence[Request], num_inference_steps: int, guidance_scale: float
     ) -> list[Images]:
         (request,) = requests
+        sized = request.width is not None and request.height is not None
         answer = session.post(
             PATH,
             {
@@ -63,6 +65,7 @@ class OpenAIRuntime(EndpointRuntime):
                 "guidance_scale": guidance_scale,
                 "negative_prompt": request.negative_prompt,
                 **self._named,
+                **({"size": f"{request.width}x{request.height}"} if sized else {}),
             },
         )
         return [_image(answer, self.endpoint.url)]

@@ -344,8 +344,8 @@ def latent_shape(unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, i
     if channels != vae.get("latent_channels", channels):
         raise ModelError(
             f"unet/config.json has in_channels={channels}, the VAE {vae['latent_channels']} latent channels: "
-            "inpainting and image-to-image models aren't supported here: export and excise patch take them, serve the ONNX "
-            "files by another pipeline"
+            "inpainting and image-to-image models aren't supported here: export and excise patch take them, serve the "
+            "ONNX files by another pipeline"
         )
     sides = size if isinstance(size, list) else [size, size]
     if not all(isinstance(value, int) and value > 0 for value in (channels, *sides)) or len(sides) != 2:

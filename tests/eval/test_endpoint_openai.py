@@ -68,6 +68,29 @@ def test_model_and_size_are_sent_where_they_are_named() -> None:
     assert (asked[0].body["model"], asked[0].body["size"]) == ("sd-safe", "6x4")
 
 
+def test_a_requests_own_size_is_sent_and_wanted_back() -> None:
+    sized = [Request("a cat", seed=seed, height=4, width=10) for seed in (1, 2)]
+
+    def answer(asked: Asked) -> Answer:
+        width, _ = map(int, asked.body.get("size", "6x4").split("x"))
+        return Answer(encoded(pixels(asked.body["seed"], width)))
+
+    with fake_endpoint(answer) as server:
+        runtime = OpenAIRuntime(Endpoint(server.url, retries=0), name="server", size=(6, 4))
+        assert runtime.generate(REQUESTS[:1]).shape == (1, 4, 6, 3)
+        assert np.array_equal(runtime.generate(sized), np.stack([pixels(seed, 10) for seed in (1, 2)]))
+        assert runtime.generate(REQUESTS[:1]).shape == (1, 4, 6, 3)
+        assert [one.body["size"] for one in server.asked] == ["6x4", "10x4", "10x4", "6x4"]
+        with pytest.raises(UsageError, match="one call can't give images of"):
+            runtime.generate([sized[0], REQUESTS[0]])
+    with fake_endpoint(painted) as server:
+        runtime = OpenAIRuntime(Endpoint(server.url, retries=0), name="server")
+        with pytest.raises(ArtefactError, match="an image of 6 × 4 pixels where 10 × 4 was expected: a server makes"):
+            runtime.generate(sized)
+        # It isn't taken for the server's own size.
+        assert runtime.generate(REQUESTS[:1]).shape == (1, 4, 6, 3)
+
+
 def test_other_formats_are_read() -> None:
     kinds: dict[int, tuple[str, dict[str, Any]]] = {0: ("webp", {"lossless": True}), 1: ("jpeg", {"quality": 100})}
 
