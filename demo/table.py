@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from excise.demo.table_rows import ARTIST_ROWS, BUDGETS, ROWS, Row
 from excise.demo.table_text import table_document, table_text
@@ -160,9 +161,12 @@ def _check(file: Path, recipe: Recipe) -> None:
 
 
 def _spec(name: str, row: Row, edit: Path | None) -> RuntimeSpec:
-    options = {**row.options, **({} if edit is None else {"edit": str(edit)})}
-    query = "&".join(f"{option}={value.replace(' ', '+')}" for option, value in options.items())
-    return parse_runtime(f"{name}=torch:demo:model{'?' if query else ''}{query}")
+    return parse_runtime(f"{name}=torch:{_model({**row.options, **({} if edit is None else {'edit': str(edit)})})}")
+
+
+def _model(options: Mapping[str, str]) -> str:
+    """The bundled model with options, as ``runtime_spec`` reads them."""
+    return "demo:model" + (f"?{urlencode(options, safe='/:')}" if options else "")
 
 
 def _evaluation(
@@ -193,8 +197,7 @@ def _evaluation(
 def _attacked(table: DemoTable, name: str, plan: AttackPlan, row: str, edit: Path | None) -> AttackReport:
     """One attack on one row; on the unedited model it has nothing to do, and that row is the check."""
     table.say(f"{name} on {ROWS[row].title}")
-    query = "&".join(f"{option}={value.replace(' ', '+')}" for option, value in ROWS[row].options.items())
-    base, attacked = attack_specs(f"demo:model{'?' if query else ''}{query}", edit, None)
+    base, attacked = attack_specs(_model(ROWS[row].options), edit, None)
     protocol = load_protocol("demo-weapons").model_copy(update={"metrics": ()})
     run = AttackRun(
         folder=table.folder / "attacks" / name / row,

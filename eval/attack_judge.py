@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from excise.errors import PromptTooLong, UsageError
 from excise.eval.attack import Candidate, Judgement, PromptEmbedding
-from excise.eval.attack_session import LateRuntime
 from excise.eval.boxes import boxes_of
 from excise.eval.cases import ERASED, Case
 from excise.eval.classifier import check_logits, observations_of
+from excise.eval.late_runtime import LateRuntime
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.protocol_schema import AnyKindOfRule, AnyRule, BoxRule, ClassRule, Detector

@@ -32,12 +32,12 @@ from excise.eval.attack_report import (
     succeeded,
 )
 from excise.eval.attack_run import out_of_memory
-from excise.eval.attack_session import LateRuntime
 from excise.eval.cases import Case
 from excise.eval.evaluate import SEEN
 from excise.eval.evaluation import Provenance
 from excise.eval.image_file import ImageFormat
 from excise.eval.image_generation import GenerationSettings, generate
+from excise.eval.late_runtime import LateRuntime
 from excise.eval.observation_cache import Pictures
 from excise.eval.paired_outcomes import flips, flips_p_value, increase
 from excise.eval.protocol_choice import Choice

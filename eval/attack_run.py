@@ -32,12 +32,13 @@ from excise.eval.attack_report import (
     share,
     succeeded,
 )
-from excise.eval.attack_session import AttackPlan, LateRuntime, Session
+from excise.eval.attack_session import AttackPlan, Session
 from excise.eval.cases import ERASED, Case
 from excise.eval.evaluate import SEEN
 from excise.eval.evaluation import Provenance
 from excise.eval.image_file import ImageFormat
 from excise.eval.image_generation import IMAGES, Generated, GenerationSettings, generate
+from excise.eval.late_runtime import LateRuntime
 from excise.eval.observation_cache import Pictures
 from excise.eval.protocol_choice import Choice
 from excise.eval.protocol_models import ProtocolModels

@@ -14,42 +14,12 @@ from excise.errors import UsageError
 from excise.eval.attack import Attack, EmbeddingAttack
 from excise.eval.cases import Case
 from excise.eval.image_file import read_image
+from excise.eval.late_runtime import LateRuntime
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.runtime_spec import RuntimeSpec
-from excise.serve.runtime import Request, Runtime
 
 if TYPE_CHECKING:
     from excise.eval.torch_runtime import TorchRuntime
-
-
-@dataclass
-class LateRuntime:
-    """A runtime that is opened for its first image: a run that has all of them needs no model."""
-
-    spec: RuntimeSpec
-    open: Callable[[RuntimeSpec], Runtime]
-    say: Callable[[str], None] = lambda message: None
-    name: str = field(init=False)
-    _runtime: Runtime | None = None
-
-    def __post_init__(self) -> None:
-        self.name = self.spec.name
-
-    @property
-    def opened(self) -> Runtime:
-        """The runtime, loaded."""
-        if self._runtime is None:
-            self.say(f"loading {self.name}: {self.spec}")
-            self._runtime = self.open(self.spec)
-        return self._runtime
-
-    def generate(self, requests: Sequence[Request], **options: Any) -> npt.NDArray[np.uint8]:
-        """As the runtime."""
-        return self.opened.generate(requests, **options)
-
-    def close(self) -> None:
-        """Let its memory go; the next image opens it again."""
-        self._runtime = None
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import Tensor
 from excise.errors import ModelError, PromptTooLong, UsageError
 from excise.eval.attack import Candidate
 from excise.eval.case_image import Image
+from excise.eval.prompt_tokens import PromptTokens
 from excise.eval.token_vocabulary import TokenVocabulary, VocabularyKind, token_vocabulary
 from excise.eval.verification_sides import LoadPipeline, SideSpec, open_side
 
@@ -51,6 +52,7 @@ class AttackedModel:
         self.num_train_timesteps = len(self._alphas)
         #: Positions of a prompt, start and end included.
         self.context = int(min(self._tokenizer.model_max_length, self._text_encoder.config.max_position_embeddings))
+        self._tokens = PromptTokens(self._tokenizer, context=self.context, rows=self._embedding.num_embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +62,7 @@ class AttackedModel:
     @property
     def room(self) -> int:
         """The most tokens between start and end."""
-        return self.context - 2
+        return self._tokens.room
 
     @property
     def token_embeddings(self) -> Tensor:
@@ -75,24 +77,23 @@ class AttackedModel:
 
     def tokenize(self, prompt: str) -> tuple[int, ...]:
         """A prompt's token ids, without start, end and padding; any number of them."""
-        return tuple(self._tokenizer(prompt, truncation=False, verbose=False).input_ids[1:-1])
+        return self._tokens.tokenize(prompt)
 
     def candidate(self, ids: Sequence[int]) -> Candidate:
         """The text of token ids, as published: special tokens are spelt out, but end tokens are left out."""
         spelt = [one for one in ids if one != self._tokenizer.eos_token_id]
-        text = self._tokenizer.decode(spelt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return Candidate(prompt=text, token_ids=tuple(ids))
+        return Candidate(prompt=self._tokens.candidate(spelt).prompt, token_ids=tuple(ids))
 
     def survives(self, candidate: Candidate) -> bool:
         """Whether a candidate's text gives the very tokens again that were searched.
 
         Many don't: a piece of a word that stands alone is another token. The image of such a candidate is its *text's*.
         """
-        return self.tokenize(candidate.prompt) == candidate.token_ids
+        return self._tokens.survives(candidate)
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether a candidate's text is short enough to be sent: 16 tokens' text may be more than 16 tokens."""
-        return len(self.tokenize(candidate.prompt)) <= self.room
+        return self._tokens.fits(candidate)
 
     def check_room(self, learnable: int, prompt: Sequence[int] = ()) -> None:
         """Check that so many tokens fit.

@@ -10,10 +10,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from excise.errors import UsageError
 from excise.eval.cases import Case
@@ -21,6 +17,7 @@ from excise.eval.evaluation import Evaluation, ProtocolRecord, Provenance
 from excise.eval.evaluation_report import write_anew
 from excise.eval.image_file import ImageFormat, image_size
 from excise.eval.image_generation import Generated, GenerationSettings, generate
+from excise.eval.late_runtime import LateRuntime
 from excise.eval.observation_cache import Pictures
 from excise.eval.protocol_choice import Choice
 from excise.eval.protocol_comparisons import Roles
@@ -33,7 +30,6 @@ from excise.eval.run_images import RunImages
 from excise.eval.runtime_spec import RuntimeSpec
 from excise.eval.runtimes import check_runtime, open_runtime, provenance
 from excise.eval.verification_sides import LoadPipeline
-from excise.serve.runtime import Request, Runtime
 
 TIMINGS = "timings.json"
 #: What networks saw, beside a protocol's images.
@@ -144,27 +140,11 @@ def _check_sizes(choice: Choice, everything: Sequence[Case], cases: Sequence[Cas
         )
 
 
-@dataclass
-class _Unopened:
-    """A runtime that is opened for its first image: a run that has all of them needs no model."""
-
-    name: str
-    run: Run
-    spec: RuntimeSpec
-    _runtime: Runtime | None = None
-
-    def generate(self, requests: Sequence[Request], **options: Any) -> npt.NDArray[np.uint8]:
-        if self._runtime is None:
-            self.run.say(f"loading {self.spec.name}: {self.spec}")
-            self._runtime = open_runtime(self.spec, self.run.load_pipeline)
-        return self._runtime.generate(requests, **options)
-
-
 def _generate(
     choices: Sequence[Choice], cases: Mapping[str, Sequence[Case]], run: Run, spec: RuntimeSpec, served: Provenance
 ) -> list[tuple[Choice, Generated]]:
     """One runtime's images of all protocols: it is loaded once."""
-    runtime = _Unopened(spec.name, run, spec)
+    runtime = LateRuntime(spec, lambda one: open_runtime(one, run.load_pipeline), run.say)
     done = []
     for choice in choices:
         name = choice.protocol.name

@@ -22,7 +22,7 @@ import numpy as np
 from excise.enginefile import TensorEntry
 from excise.errors import ArtefactError
 from excise.serve.onnx_component import read_config
-from excise.serve.onnx_runtime import latent_shape
+from excise.serve.onnx_runtime import halvings, latent_shape
 from excise.serve.onnx_signature import Signature
 from excise.serve.triton_config import (
     DATA_TYPES,
@@ -159,7 +159,7 @@ def image_shape(folder: Path) -> tuple[int, int, int]:
     """
     vae = read_config(folder, "vae_decoder")
     _, height, width = latent_shape(read_config(folder, "unet"), vae)
-    upscaling = 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
+    upscaling = halvings(vae)
     return height * upscaling, width * upscaling, 3
 
 
