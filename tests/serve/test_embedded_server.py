@@ -84,6 +84,13 @@ def test_a_log_line_is_one_json_object() -> None:
     assert lines.format(record) == '{"status": 200}'
 
 
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement_of_its_headers() -> None:
+    with closing(listen("127.0.0.1", 0)) as listener:
+        with closing(socket.create_connection(listener.getsockname())), closing(listener.accept()[0]) as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
+
 def test_addresses(tmp_path: Path) -> None:
     with closing(listen("localhost", 0)) as listener:
         assert address(listener, Tls(tmp_path, tmp_path)).startswith("https://")
