@@ -85,10 +85,12 @@ def test_a_log_line_is_one_json_object() -> None:
 
 
 def test_an_answer_does_not_wait_for_the_clients_acknowledgement_of_its_headers() -> None:
-    with closing(listen("127.0.0.1", 0)) as listener:
-        with closing(socket.create_connection(listener.getsockname())), closing(listener.accept()[0]) as connection:
-            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
-
+    with (
+        closing(listen("127.0.0.1", 0)) as listener,
+        closing(socket.create_connection(listener.getsockname())),
+        closing(listener.accept()[0]) as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 def test_addresses(tmp_path: Path) -> None:
