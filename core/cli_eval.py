@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from excise.cli_attack_options import parsed_pairs
+from excise.cli_eval_sweep import swept_runtimes
 from excise.cli_recipe import number
 from excise.console import json_option, needs, result, say
 from excise.errors import UsageError
@@ -39,6 +40,9 @@ _pairs: dict[str, Any] = {"multiple": True, "metavar": "NAME=VALUE"}
 @click.option("--prompts", type=click.Path(path_type=Path), help="The protocol's prompt file, or its folder.")
 @click.option("--set", "parameters", help="A protocol's parameter, such as erased=Van Gogh.", **_pairs)
 @click.option("--model", "models", help="Where a detector or metric has its weights.", **_pairs)
+@click.option(
+    "--sweep", metavar="NAME[=V,V,…]", help="Run one of the protocol's ablations: an edit of the base for each value."
+)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N cases only.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="N cases, drawn in proportion from every label.")
 @click.option("--sample-seed", type=click.IntRange(0), default=0, show_default=True, help="Of --sample.")
@@ -72,6 +76,7 @@ def evaluate(
     prompts: Path | None,
     parameters: tuple[str, ...],
     models: tuple[str, ...],
+    sweep: str | None,
     limit: int | None,
     sample: int | None,
     sample_seed: int,
@@ -104,6 +109,7 @@ def evaluate(
           --runtime served=onnx:demo-onnx --out run --policy demo
       excise eval i2p-nudity --prompts i2p.csv --sample 500 --runtime served=triton:http://localhost:8000/excise
           --model clip-vit-base-patch32=clip-b32 --scheduler own --out run
+      excise eval demo-weapons --sweep epochs --runtime base=torch:demo:model --out epochs
       excise eval --compare run run-2
       excise eval demo-table --out table      the paper's tables in miniature, on the bundled model: hours, resumable
       excise eval demo-table --set rows=base,uce,rece --set attacks=closed-form --set attacked=6 --sample 40 --out few
@@ -119,6 +125,7 @@ def evaluate(
             floor=floor,
             prompts=prompts,
             model=models,
+            sweep=sweep,
             limit=limit,
             policy=policy,
             edit_seconds=seconds,
@@ -163,24 +170,15 @@ def evaluate(
     if missing := [what for what, there in given.items() if not there]:
         raise UsageError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     assert out is not None
+    if sweep is not None and len(protocols) > 1:
+        raise UsageError(f"--sweep {sweep} is one protocol's: leave {', '.join(protocols[1:])} out")
     specs = parse_runtimes(runtimes)
     names = [spec.name for spec in specs]
     rule = load_policy(policy) if policy is not None else None
-    run = Run(
-        folder=out,
-        specs=specs,
-        roles=Roles(base=base or _named(names, BASE), reference=reference or _named(names, REFERENCE), floor=floor),
-        models=ProtocolModels({name: Path(place) for name, place in parsed_pairs("--model", models).items()}, device),
-        load_pipeline=load_pipeline,
-        batch_size=batch_size,
-        image_format=image_format,
-        ray=ray,
-        edit_seconds=_seconds(seconds, names),
-        say=say,
-    )
+    roles = Roles(base=base or _named(names, BASE), reference=reference or _named(names, REFERENCE), floor=floor)
     choices = [
         Choice(
-            load_protocol(name),
+            loaded,
             prompts=prompts,
             parameters=parsed_pairs("--set", parameters),
             limit=limit,
@@ -189,12 +187,29 @@ def evaluate(
             num_inference_steps=steps,
             own_scheduler=scheduler == "own",
             own_size=image_size == "own",
+            sweep=None if sweep is None else loaded.sweep(sweep),
         )
-        for name in protocols
+        for loaded in map(load_protocol, protocols)
     ]
     if rule is not None:
         # Found after the run, a misspelt name would cost it.
         refuse_unknown(rule, [measure for choice in choices for measure in choice.protocol.measures()])
+    seconds_of = _seconds(seconds, names)
+    if swept := choices[0].sweep:
+        made = swept_runtimes(choices[0], swept, specs, roles.base, out)
+        specs, seconds_of = (*specs, *made.specs), {**made.seconds, **seconds_of}
+    run = Run(
+        folder=out,
+        specs=specs,
+        roles=roles,
+        models=ProtocolModels({name: Path(place) for name, place in parsed_pairs("--model", models).items()}, device),
+        load_pipeline=load_pipeline,
+        batch_size=batch_size,
+        image_format=image_format,
+        ray=ray,
+        edit_seconds=seconds_of,
+        say=say,
+    )
     with warnings.catch_warnings(), needs():
         warnings.showwarning = lambda message, *rest, **options: say(str(message))
         evaluation = evaluated(choices, run)
@@ -238,6 +253,7 @@ def _described(protocol: ProtocolFile) -> dict[str, Any]:
         "title": protocol.title,
         "prompts": protocol.prompts.model_dump(mode="json"),
         "parameters": list(protocol.parameters),
+        "sweeps": {name: one.model_dump(mode="json") for name, one in protocol.sweeps.items()},
         "measures": list(protocol.measures()),
     }
 
@@ -252,4 +268,6 @@ def _listing(protocols: list[ProtocolFile]) -> str:
         file = getattr(protocol.prompts, "file", None) if protocol.prompts.source == "file" else None
         needed += [f"--prompts {file}"] if file else []
         lines.append(f"{'':<{width}}  {', '.join(protocol.measures())}{'; ' + ' '.join(needed) if needed else ''}")
+        if protocol.sweeps:
+            lines.append(f"{'':<{width}}  {' or '.join(f'--sweep {name}' for name in protocol.sweeps)}")
     return "\n".join(lines)

@@ -12,7 +12,6 @@ Every part is resumable by itself, and so is the whole: what is there is taken a
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,9 @@ from urllib.parse import urlencode
 from excise.demo.table_rows import ARTIST_ROWS, BUDGETS, ROWS, Row
 from excise.demo.table_text import table_document, table_text
 from excise.demo.vocabulary import ARTISTS, KEPT, OBJECTS, WEAPONS, caption
+from excise.edit.made_edits import MadeEdits, Solve, made_edits
 from excise.edit.recipe import Recipe, resolve
-from excise.editfile import Edit, load_edit, save_edit
-from excise.errors import ArtefactError, UsageError
+from excise.errors import UsageError
 from excise.eval.attack_report import AttackReport, write_attack_report
 from excise.eval.attack_run import AttackRun, run_attacks
 from excise.eval.attack_session import AttackPlan
@@ -45,9 +44,6 @@ DOCUMENT, TEXT = "table.json", "table.md"
 
 #: The style that the artist rows erase, and what its name becomes.
 ARTIST, ART = "noto", "art"
-
-#: Solves or trains: a recipe, and the folder that a training resumes from.
-Solve = Callable[[Recipe, Path], Edit]
 
 
 @dataclass(frozen=True)
@@ -87,48 +83,30 @@ def demo_table(table: DemoTable) -> tuple[dict[str, Any], str]:
         ArtefactError: an edit that is there isn't the one that its row asks for.
         ExciseError: as the parts raise.
     """
-    edits, seconds = _edits(table, "weapons", table.rows, ROWS)
-    evaluation = _evaluation(table, "evaluation", "demo-weapons", {}, table.rows, ROWS, edits)
+    made = _edits(table, "weapons", table.rows, ROWS)
+    evaluation = _evaluation(table, "evaluation", "demo-weapons", {}, table.rows, ROWS, made.files)
     artist = None
     if table.artist_rows:
-        of_artist, _ = _edits(table, "artist", table.artist_rows, ARTIST_ROWS)
+        of_artist = _edits(table, "artist", table.artist_rows, ARTIST_ROWS).files
         chosen = {"erased": ARTIST}
         artist = _evaluation(table, "artist", "demo-artist", chosen, table.artist_rows, ARTIST_ROWS, of_artist)
     attacked = {
-        name: {row: _attacked(table, name, plan, row, edits.get(row)) for row in table.rows}
+        name: {row: _attacked(table, name, plan, row, made.files.get(row)) for row in table.rows}
         for name, plan in table.attacks.items()
     }
-    document = table_document(table.rows, evaluation, artist, attacked, seconds)
+    document = table_document(table.rows, evaluation, artist, attacked, made.seconds)
     text = table_text(document)
     put_in_place(table.folder / DOCUMENT, (json.dumps(document, indent=1) + "\n").encode())
     put_in_place(table.folder / TEXT, text.encode())
     return document, text
 
 
-def _edits(
-    table: DemoTable, subject: str, names: Sequence[str], rows: Mapping[str, Row]
-) -> tuple[dict[str, Path], dict[str, float]]:
+def _edits(table: DemoTable, subject: str, names: Sequence[str], rows: Mapping[str, Row]) -> MadeEdits:
     """The edit files by row, and the seconds that each took."""
-    folder = table.folder / "edits" / subject
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, Path] = {}
-    seconds: dict[str, float] = {}
-    for name in names:
-        if rows[name].overrides is None:
-            continue
-        recipe = _recipe(subject, rows[name])
-        file, times = folder / f"{name}.safetensors", folder / f"{name}.json"
-        if not file.exists():
-            table.say(f"{subject}: {rows[name].title}")
-            started = time.monotonic()
-            edit = table.solve(recipe, folder / f"{name}.training")
-            # A training that was resumed took longer than its last part.
-            spent = time.monotonic() - started + _spent(times)
-            put_in_place(times, (json.dumps({"seconds": spent}) + "\n").encode())
-            save_edit(file, edit)
-        _check(file, recipe)
-        files[name], seconds[name] = file, _spent(times)
-    return files, seconds
+    recipes = {name: _recipe(subject, rows[name]) for name in names if rows[name].overrides is not None}
+    return made_edits(
+        table.folder / "edits" / subject, recipes, table.solve, lambda message: table.say(f"{subject}: {message}")
+    )
 
 
 def _recipe(subject: str, row: Row) -> Recipe:
@@ -143,21 +121,6 @@ def _recipe(subject: str, row: Row) -> Recipe:
     kept += [caption(styles[0], artist=other, object=name) for other in ARTISTS if other != ARTIST for name in OBJECTS]
     overrides = {"erase": list(erased), "to": list(erased.values()), "keep": kept}
     return resolve("weapons", None, {**overrides, **(row.overrides or {})})
-
-
-def _spent(times: Path) -> float:
-    """The seconds noted in a file; 0 without one."""
-    try:
-        return float(json.loads(times.read_bytes())["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
-
-def _check(file: Path, recipe: Recipe) -> None:
-    """Raise ``ArtefactError`` unless a file is the edit of a recipe."""
-    wanted = recipe.model_dump(mode="json", exclude={"erase", "to", "keep"})
-    if load_edit(file).metadata.recipe != wanted:
-        raise ArtefactError(f"{file} was made by another recipe than this version's: choose another --out")
 
 
 def _spec(name: str, row: Row, edit: Path | None) -> RuntimeSpec:

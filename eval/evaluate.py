@@ -214,6 +214,7 @@ def _measured(
         everything,
         run.folder,
         run.edit_seconds,
+        choice.sweep,
     )
 
 

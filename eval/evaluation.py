@@ -97,6 +97,14 @@ class PaperFigure(_Strict):
     source: str
 
 
+class SweepRecord(_Strict):
+    """An ablation: runtimes that differ in one figure of their edits alone."""
+
+    preset: str  #: of ``excise edit``
+    parameter: Literal["epochs", "ridge"]  #: ``ridge`` is the λ of RECE's eq. 8
+    values: dict[str, float]  #: by runtime
+
+
 class ProtocolRecord(_Strict):
     """One protocol's run over all runtimes."""
 
@@ -113,6 +121,7 @@ class ProtocolRecord(_Strict):
     paper: tuple[PaperFigure, ...] = ()
     #: Of each count: the smallest increase that would be caught with 95 % probability, as a measure's ``value``.
     power: dict[str, Measure] = {}
+    sweep: SweepRecord | None = None
 
     def runtime(self, name: str) -> RuntimeRecord | None:
         """The runtime of this name, or None."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from excise.eval.evaluation import Measure, ProtocolRecord
 from excise.eval.evaluation_figures import cell_text, is_class, measure_names, roles
 from excise.eval.evaluation_svg import INK, RULE, SERIES, drawn
+from excise.eval.evaluation_sweep import sweep_drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,13 @@ def plots(protocol: ProtocolRecord, key: str) -> tuple[Plot, ...]:
     Raises:
         MissingExtra: matplotlib isn't installed.
     """
-    made = [*interval_plots(protocol, key), *difference_plots(protocol, key), *trade_off_plots(protocol, key)]
+    swept = sweep_drawing(protocol, f"{key}-s")
+    made = [
+        *([] if swept is None else [Plot(*swept)]),
+        *interval_plots(protocol, key),
+        *difference_plots(protocol, key),
+        *trade_off_plots(protocol, key),
+    ]
     return tuple(made)
 
 

@@ -12,7 +12,7 @@ from excise.eval.cases import Case
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_models import ProtocolModels
 from excise.eval.protocol_sample import limit, sample
-from excise.eval.protocol_schema import TablePrompts
+from excise.eval.protocol_schema import Sweep, TablePrompts
 from excise.eval.rule_outcomes import check_rules
 from excise.eval.runtime_spec import RuntimeSpec
 from excise.eval.verification_sides import SCHEDULER
@@ -34,6 +34,8 @@ class Choice:
     own_scheduler: bool = False
     #: Make every image in its model's own size, whatever the prompts ask for.
     own_size: bool = False
+    #: The ablation that this run is: among its runtimes are those that the sweep names.
+    sweep: Sweep | None = None
 
     def all_cases(self) -> tuple[Case, ...]:
         """Every case of the protocol.
@@ -60,6 +62,8 @@ class Choice:
         """All that the figures depend on, as run."""
         document = self.protocol.settings(self.parameters)
         document["sampling"]["num_inference_steps"] = self.steps
+        if self.sweep is not None:
+            document["sweep"] = self.sweep.model_dump(mode="json")
         if self.own_scheduler:
             document["sampling"]["scheduler"] = "each model's own"
         if self.own_size and isinstance(prompts := self.protocol.prompts, TablePrompts) and prompts.columns.width:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from excise.demo.vocabulary import article
 from excise.errors import UsageError
@@ -34,17 +34,19 @@ from excise.eval.protocol_schema import (
     Prompts,
     Published,
     Sampling,
+    Sweep,
     TablePrompts,
     Whole,
 )
 from excise.eval.protocol_yaml import LIMIT, Problem, parse_yaml, validated
+from excise.manifest import first_problem
 from excise.named_file import read_named
 from excise.printable import printable
 
 _PROTOCOLS = Path(__file__).resolve().parent / "protocols"
 
 #: Of a protocol, what no figure depends on.
-_TOLD = {"format": True, "name": True, "version": True, "title": True, "note": True, "paper": True}
+_TOLD = {"format": True, "name": True, "version": True, "title": True, "note": True, "paper": True, "sweeps": True}
 
 
 class ProtocolFile(Part):
@@ -62,6 +64,7 @@ class ProtocolFile(Part):
     rules: tuple[AnyKindOfRule, ...] = Field(default=(), description="a list of counting rules")
     metrics: tuple[Metric, ...] = Field(default=(), description="a list of metrics")
     paper: tuple[Published, ...] = Field(default=(), description="a list of published figures")
+    sweeps: dict[Name, Sweep] = Field(default={}, description="ablations by name: preset, parameter and values")
     _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -137,6 +140,28 @@ class ProtocolFile(Part):
         )
         erased = self._erased([row.label for row in rows], chosen or {})
         return tuple(self._case(self.prompts, row, self._group(row.label, erased), path) for row in rows)
+
+    def sweep(self, asked: str) -> Sweep:
+        """One of the ablations, ``NAME``; or ``NAME=VALUE,VALUE,…`` with other values.
+
+        Raises:
+            UsageError: there is none of that name, or a value that it doesn't take.
+        """
+        name, equals, texts = asked.partition("=")
+        if name not in self.sweeps:
+            there = f"choose one of {', '.join(self.sweeps)}" if self.sweeps else "it has none"
+            raise UsageError(f"{self.name} has no sweep {printable(name)}: {there}")
+        sweep = self.sweeps[name]
+        if not equals:
+            return sweep
+        try:
+            values = [float(text) for text in texts.split(",")]
+        except ValueError as error:
+            raise UsageError(f"--sweep {printable(asked)}: give numbers, such as {name}=1,2") from error
+        try:
+            return Sweep.model_validate({**sweep.model_dump(), "values": values})
+        except ValidationError as error:
+            raise UsageError(f"--sweep {printable(asked)}: {first_problem(error)}") from error
 
     def measures(self) -> tuple[str, ...]:
         """The names of all figures that the protocol asks for."""

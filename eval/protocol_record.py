@@ -11,13 +11,23 @@ import numpy as np
 
 from excise.eval.cases import Case
 from excise.eval.clip_scorer import ClipScorer
-from excise.eval.evaluation import CaseRecord, Finding, Measure, PaperFigure, ProtocolRecord, Provenance, RuntimeRecord
+from excise.eval.evaluation import (
+    CaseRecord,
+    Finding,
+    Measure,
+    PaperFigure,
+    ProtocolRecord,
+    Provenance,
+    RuntimeRecord,
+    SweepRecord,
+)
 from excise.eval.pixel_movement import Movements, movements
 from excise.eval.protocol_comparisons import Measured, Roles, compared, compared_pairs, moved_pairs
 from excise.eval.protocol_distances import apart
 from excise.eval.protocol_file import ProtocolFile
 from excise.eval.protocol_measures import of_genders, of_outcomes, of_values, power
 from excise.eval.protocol_models import ProtocolModels
+from excise.eval.protocol_schema import Sweep
 from excise.eval.rule_outcomes import in_words
 from excise.eval.run_images import RunImages, look
 from excise.eval.runtime_spec import RuntimeSpec
@@ -36,6 +46,7 @@ def record(
     labelled: Sequence[Case],
     folder: Path,
     edit_seconds: Mapping[str, float] = MappingProxyType({}),
+    sweep: Sweep | None = None,
 ) -> ProtocolRecord:
     """Measure everything that a protocol asks for.
 
@@ -44,6 +55,7 @@ def record(
         labelled: every case of the protocol, whatever was run.
         folder: the report's, which the images' paths are relative to.
         edit_seconds: by runtime, what its edit took to make, as its user measured it.
+        sweep: the ablation that the runtimes are of.
 
     Raises:
         UsageError: runtimes whose images differ in size.
@@ -85,6 +97,9 @@ def record(
         cases=tuple(_case(row, case, runs, folder) for row, case in enumerate(cases)),
         paper=tuple(paper),
         power=dict(power(runs[told].looked.outcomes, cases)),
+        sweep=None
+        if sweep is None
+        else SweepRecord(preset=sweep.preset, parameter=sweep.parameter, values=dict(sweep.runtimes)),
     )
 
 

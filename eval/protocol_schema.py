@@ -250,6 +250,30 @@ class Metric(Part):
         )
 
 
+class Sweep(Part):
+    """An ablation: edits of one preset that differ in one figure alone, each a runtime of the run."""
+
+    preset: Name = Field(description="a preset of excise edit")
+    parameter: Literal["epochs", "ridge"] = Field(description="epochs, or ridge, the λ of RECE's eq. 8")
+    values: Annotated[tuple[Real, ...], Field(min_length=2)] = Field(description="a list of two numbers or more")
+
+    @model_validator(mode="after")
+    def _usable(self) -> Sweep:
+        for number, value in enumerate(self.values):
+            if self.parameter == "epochs" and not (value.is_integer() and 0 <= value <= 1000):
+                raise Problem(("values", number), "epochs are whole numbers from 0 to 1000")
+            if self.parameter == "ridge" and not 0 < value < 1e6:
+                raise Problem(("values", number), "λ is a positive number below a million")
+        if len(set(self.runtimes)) < len(self.values):
+            raise Problem(("values",), "each value stands once, and differs from the others in its first six digits")
+        return self
+
+    @property
+    def runtimes(self) -> dict[str, float]:
+        """The runtimes' names, such as ``ridge-0.001``, and their values."""
+        return {f"{self.parameter}-{value:g}": value for value in self.values}
+
+
 class Published(Part):
     """A published figure, and for which run it holds."""
 

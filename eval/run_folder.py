@@ -25,6 +25,8 @@ from excise.output import PARTIAL
 
 FORMAT: Final = 1
 NAME, LOCK = "run.json", "run.lock"
+#: Edits that were made for the run, before it began.
+EDITS = "edits"
 
 #: What the images and figures depend on.
 PACKAGES = ("diffusers", "excise", "numpy", "onnxruntime", "pillow", "torch", "transformers")
@@ -152,7 +154,7 @@ def _settle(folder: Path, configuration: RunConfiguration) -> None:
             shown = "; ".join(found[:_SHOWN]) + ("; …" if len(found) > _SHOWN else "")
             raise OutputError(f"{folder} holds a run with another configuration ({shown}): choose another folder")
         return
-    if others := sorted(one.name for one in folder.iterdir() if one.name not in (LOCK, partial.name)):
+    if others := sorted(one.name for one in folder.iterdir() if one.name not in (LOCK, EDITS, partial.name)):
         raise OutputError(f"{folder} holds {others[0]} but no {NAME}: choose another folder, or empty it yourself")
     try:
         with partial.open("w", encoding="utf-8") as stream:

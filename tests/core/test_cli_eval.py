@@ -316,3 +316,40 @@ def test_the_bundled_models_export(demo_model: Path, tmp_path: Path, capsys: pyt
     # Measured at two steps: 1.8e-4, of which most is the rounding to grey levels, and 1.
     assert moved["onnx"] < 0.005
     assert moved["plain"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_sweep_makes_its_edits_and_goes_on_where_it_was(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["eval", "demo-weapons", "--runtime", f"base=torch:{made / 'model'}", "--out", str(out), *FEW]
+    assert main([*command, "--sweep", "epochs=0,2"]) == 0
+    report = (out / "report.json").read_bytes()
+    (record,) = read_evaluation(out).protocols
+    assert [one.name for one in record.runtimes] == ["base", "epochs-0", "epochs-2"]
+    assert record.sweep is not None
+    assert record.sweep.values == {"epochs-0": 0, "epochs-2": 2}
+    ids = [one.provenance.edit for one in record.runtimes]
+    assert ids[0] is None
+    assert len(set(ids)) == 3  # three models, by what they say themselves
+    assert (out / "edits" / "epochs-2.safetensors").is_file()
+    assert "Over epochs of RECE" in (out / "report.html").read_text()
+    assert main([*command, "--sweep", "epochs=0,2"]) == 0
+    assert (out / "report.json").read_bytes() == report
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("--sweep", "none"), "demo-weapons has no sweep none"),
+        (("demo-object", "--sweep", "epochs"), "is one protocol's: leave demo-object out"),
+        (("--sweep", "epochs", "--base", "x"), "give --runtime base=torch:DIR"),
+        (("--sweep", "epochs", "--runtime", "epochs-1=torch:demo:model"), "give yours another"),
+    ],
+    ids=["unknown", "two protocols", "no base", "taken"],
+)
+def test_a_sweep_that_cannot_run(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, ...], problem: str
+) -> None:
+    base = ("--runtime", f"base=torch:{made / 'model'}", "--out", str(tmp_path / "run"))
+    assert main(["eval", "demo-weapons", *base, *change]) == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -87,3 +87,36 @@ def test_a_misspelt_class_of_nudenet_is_found_before_anything_runs(tmp_path: Pat
     choice = Choice(load_protocol(written_protocol(tmp_path, text)))
     with pytest.raises(UsageError, match="feet, rule feet counts FEET_EXPOSE, which the detector doesn't know"):
         choice.check_rules(ProtocolModels({}), choice.all_cases())
+
+
+def test_a_sweep_is_named_or_given_values_and_told() -> None:
+    protocol = load_protocol("demo-weapons")
+    sweep = protocol.sweep("epochs")
+    assert list(sweep.runtimes) == [f"epochs-{n}" for n in range(6)]
+    assert protocol.sweep("ridge=1e-3,10").runtimes == {"ridge-0.001": 0.001, "ridge-10": 10}
+    told = Choice(protocol, sweep=sweep).settings()
+    assert told["sweep"] == {"preset": "weapons", "parameter": "epochs", "values": [0, 1, 2, 3, 4, 5]}
+    assert "sweep" not in Choice(protocol).settings()
+    assert "sweeps" not in told
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ("lambda", "demo-weapons has no sweep lambda: choose one of epochs, ridge"),
+        ("epochs=1", "values"),
+        ("epochs=1,x", "give numbers, such as epochs=1,2"),
+        ("epochs=1,1.5", "epochs are whole numbers from 0 to 1000"),
+        ("epochs=1,nan", "values"),
+        ("ridge=0,1", "λ is a positive number"),
+        ("ridge=1,1.00000001", "each value stands once"),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_refused(asked: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        load_protocol("demo-weapons").sweep(asked)
+
+
+def test_a_protocol_without_sweeps_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no sweep epochs: it has none"):
+        load_protocol(written_protocol(tmp_path)).sweep("epochs")
