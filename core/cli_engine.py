@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from excise.cli_vector_timestep import has_scalar_timestep, with_vector_timestep
 from excise.console import json_option, needs, result, say
-from excise.errors import UsageError
+from excise.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from excise.enginefile import EngineEntry
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LIBRARIES = click.Choice(["tensorrt", "tensorrt-rtx"])
+#: Triton's TensorRT backend is linked with TensorRT, and loads no engine of TensorRT-RTX.
+_USUAL, _TRITONS = "tensorrt-rtx", "tensorrt"
 
 
 def engine_options(function: F) -> F:
@@ -35,7 +40,7 @@ def engine_options(function: F) -> F:
 def builder(library: str, options_file: Path | None) -> Callable[..., dict[str, EngineEntry]]:
     """What builds a folder's engines, with its library loaded and its options read before any long work.
 
-    The result takes the folder, and ``out`` and ``rebuild`` of ``build_engines``.
+    The result takes the folder, and ``out``, ``rebuild`` and ``progress`` of ``build_engines``.
 
     Raises:
         UsageError: The options can't be used.
@@ -49,7 +54,7 @@ def builder(library: str, options_file: Path | None) -> Callable[..., dict[str, 
     loaded = load_library(library)
 
     def build(folder: Path, **where: Any) -> dict[str, EngineEntry]:
-        return build_engines(folder, loaded, options, progress=say, **where)
+        return build_engines(folder, loaded, options, **{"progress": say, **where})
 
     return build
 
@@ -63,7 +68,12 @@ def optional_builder(library: str | None, options_file: Path | None) -> Callable
 
 @click.command()
 @click.argument("onnx_dir", type=click.Path(path_type=Path))
-@click.option("--library", type=_LIBRARIES, default="tensorrt-rtx", show_default=True)
+@click.option("--library", type=_LIBRARIES, help=f"{_USUAL} by default; with --for-triton {_TRITONS}.")
+@click.option(
+    "--for-triton",
+    is_flag=True,
+    help="For serve build --backend tensorrt: the UNet takes its timestep with shape (1), not as a scalar.",
+)
 @click.option(
     "--options", "options_file", type=click.Path(path_type=Path), help="Shapes, GPUs and refit of the engines, as YAML."
 )
@@ -71,7 +81,13 @@ def optional_builder(library: str | None, options_file: Path | None) -> Callable
 @click.option("--rebuild", is_flag=True, help="Build engines anew that ONNX_DIR has already.")
 @json_option
 def engines(
-    onnx_dir: Path, library: str, options_file: Path | None, out: Path | None, rebuild: bool, as_json: bool
+    onnx_dir: Path,
+    library: str | None,
+    for_triton: bool,
+    options_file: Path | None,
+    out: Path | None,
+    rebuild: bool,
+    as_json: bool,
 ) -> None:
     """Build a TensorRT engine of each of ONNX_DIR's models, with its description model.engine.json.
 
@@ -80,22 +96,57 @@ def engines(
     there. An engine that was built from the same files with the same options stays: after excise patch --out the
     denoiser's alone is built.
 
+    --for-triton writes the UNet's graph anew, too, with one node more and the same outputs bit for bit; the folder is
+    patched and served like any other. That needs --out, and ONNX_DIR stays as it is. A folder that has such a UNet
+    already is taken as it is, and may be replaced.
+
     \b
     Examples:
       excise engines sd-onnx
       excise engines sd-onnx --library tensorrt --options engines.yaml --out sd-engines
+      excise engines sd-onnx --for-triton --out sd-engines
     An options file:
       images: {min: 1, opt: 1, max: 4}
       compute_capabilities: [SM89, SM120]
     """
-    entries = builder(library, options_file)(onnx_dir, out=out, rebuild=rebuild)
     place = onnx_dir if out is None else out
+    if not for_triton:
+        entries = builder(library or _USUAL, options_file)(onnx_dir, out=out, rebuild=rebuild)
+    else:
+        entries = _for_triton(onnx_dir, library or _TRITONS, options_file, out, rebuild)
     lines = [f"{place}", *(f"  {name:<13} {_described(entry)}" for name, entry in sorted(entries.items()))]
     document = {
         "folder": str(place),
         "engines": {name: entry.model_dump(mode="json") for name, entry in entries.items()},
     }
     result(document, "\n".join(lines), as_json)
+
+
+def _for_triton(
+    onnx_dir: Path, library: str, options_file: Path | None, out: Path | None, rebuild: bool
+) -> dict[str, EngineEntry]:
+    """As ``build_engines``, of the folder with a UNet that Triton takes. Messages name the folder that was given."""
+    if library != _TRITONS:
+        raise UsageError(f"--for-triton --library {library}: Triton loads engines of {_TRITONS} alone: leave it out")
+    if out is None and has_scalar_timestep(onnx_dir):
+        new = shlex.quote(str(engines_folder(onnx_dir)))
+        raise UsageError(f"--for-triton would change the UNet's graph in {onnx_dir}: give a new folder, --out {new}")
+    build = builder(library, options_file)
+    with nullcontext(onnx_dir) if out is None else with_vector_timestep(onnx_dir, out) as folder:
+
+        def progress(line: str) -> None:
+            say(line.replace(str(folder), str(onnx_dir)))
+
+        try:
+            return build(folder, out=out, rebuild=rebuild, progress=progress)
+        except OutputError as error:
+            raise OutputError(str(error).replace(str(folder), str(onnx_dir))) from error
+
+
+def engines_folder(onnx_dir: Path) -> Path:
+    """The name that messages give to a new folder with the engines of ``onnx_dir``, beside it."""
+    named = onnx_dir if onnx_dir.name not in ("", "..") else onnx_dir.resolve()
+    return named.with_name(f"{named.name}-engines")
 
 
 def _described(entry: EngineEntry) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.util
 import os
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from excise.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from excise.serve.batch_engine import BatchEngine
+    from excise.serve.edit_policy import EditPolicy
     from excise.serve.engine import Served
     from excise.serve.http_settings import ServerSettings
     from excise.serve.listener import Tls
@@ -85,7 +85,13 @@ def serve() -> None:
     "key_files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help=f"A file of keys, one a line; repeatable. Also the variable {KEYS_ENV}.",
+    help=f"A file of keys, one a line, each with its tenant behind it; repeatable. Also the variable {KEYS_ENV}.",
+)
+@click.option(
+    "--policy",
+    "policy_file",
+    type=click.Path(path_type=Path),
+    help="Which tenant may choose which edit (JSON, YAML), as for serve build.",
 )
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="A certificate (PEM); with --tls-key.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its key (PEM), without a password.")
@@ -113,6 +119,7 @@ def run(
     edit_file: Path | None,
     edit_names: tuple[str, ...],
     key_files: tuple[Path, ...],
+    policy_file: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
     drain_timeout: float,
@@ -127,17 +134,21 @@ def run(
     A folder without an edit isn't served, nor is a bank's base, unless --with-base says so. Exit 0: everything that
     was taken was finished; 1: the drain's time was over before that; 2: it can't start.
 
+    With --policy a client sees and chooses only the edits of its key's tenant; those of the policy's default if its
+    key has none, or one that the policy doesn't list.
+
     \b
     Examples:
       excise serve run demo
       excise serve run sd-onnx --edit nudity.safetensors --host 0.0.0.0 --api-key-file keys.txt --filter blur
       excise serve run sd-bank --provider cuda --max-batch 16 --deadline 30 --audit-log audit.jsonl
+      excise serve run sd-bank --api-key-file keys.txt --policy tenants.yaml
       curl localhost:8000/v1/images/generations -H 'content-type: application/json' -d '{"prompt": "a red apple"}'
     """
     from excise.serve.listener import address, listen
 
     _check_installed()
-    settings = _settings(_keys(key_files), options)
+    settings = _settings(_keys(key_files), _policy(policy_file), options)
     tls = _tls(tls_cert, tls_key)
     names = _pairs(edit_names)
     folder = Path(onnx_dir)
@@ -208,17 +219,23 @@ def _announce(served: Served, url: str) -> None:
         say(f"requests may choose: {others}")
 
 
-def _settings(keys: tuple[str, ...], options: dict[str, Any]) -> ServerSettings:
+def _settings(keys: dict[str, str | None], policy: EditPolicy | None, options: dict[str, Any]) -> ServerSettings:
     """The HTTP side's settings. Raises ``UsageError`` for a value that can't be used."""
     from pydantic import ValidationError
 
     from excise.manifest import first_problem
-    from excise.serve.http_settings import ServerSettings, key_digest
+    from excise.serve.http_settings import ServerSettings
 
     steps: int = options["max_steps"]
+    tenants = {digest: tenant for digest, tenant in keys.items() if tenant is not None}
+    if policy is not None and (unlisted := sorted(set(tenants.values()) - set(policy.tenants))):
+        names = ", ".join(policy.default) or "nothing"
+        say(f"warning: --policy doesn't list tenant {unlisted[0]!r} of the API keys: it may choose {names}")
     try:
         return ServerSettings(
-            api_key_digests=tuple(dict.fromkeys(key_digest(key) for key in keys)),
+            api_key_digests=tuple(keys),
+            api_key_tenants=tenants,
+            policy=policy,
             max_steps=steps,
             default_steps=min(steps, ServerSettings.model_fields["default_steps"].default),
             **{name: options[name] for name in ("deadline", "output_filter", "audit_log", "log_prompts")},
@@ -227,19 +244,19 @@ def _settings(keys: tuple[str, ...], options: dict[str, Any]) -> ServerSettings:
         raise UsageError(f"--{first_problem(error).replace('_', '-', 1)}") from error
 
 
-def _keys(files: tuple[Path, ...]) -> tuple[str, ...]:
-    """The API keys of the files and of the environment. Raises ``UsageError`` for a file that gives none."""
-    keys = re.split(r"[\s,]+", os.environ.get(KEYS_ENV, "").strip(", \n\t"))
-    for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--api-key-file {file} can't be read: {error}") from error
-        found = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-        if not found:  # a server that asks for no key would be the result
-            raise UsageError(f"--api-key-file {file} holds no key: write one a line")
-        keys += found
-    return tuple(key for key in keys if key)
+def _keys(files: tuple[Path, ...]) -> dict[str, str | None]:
+    """The API keys of the files and of the environment, and their tenants. Raises ``UsageError``."""
+    from excise.serve.http_keys import read_keys
+
+    return read_keys(files, os.environ.get(KEYS_ENV, ""))
+
+
+def _policy(file: Path | None) -> EditPolicy | None:
+    if file is None:
+        return None
+    from excise.serve.edit_policy import load_policy
+
+    return load_policy(file)
 
 
 def _tls(certificate: Path | None, key: Path | None) -> Tls | None:

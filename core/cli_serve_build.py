@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ import click
 
 from excise.cli_vector_timestep import has_scalar_timestep, vector_timestep_source, with_vector_timestep
 from excise.console import force_option, json_option, result, say
-from excise.errors import UsageError
+from excise.errors import ArtefactError, UsageError
 
 if TYPE_CHECKING:
     from excise.serve.edit_policy import EditPolicy
@@ -106,12 +107,14 @@ def build(
 
     The edit's id, the manifest's hash and the table of versions are parameters of the model's configuration. The
     unedited model is never served without --with-base. For backend onnxruntime, a UNet whose timestep is a scalar
-    gets one of shape (1), which Triton needs (extra export).
+    gets one of shape (1), which Triton needs (extra export); for tensorrt, excise engines --for-triton builds engines
+    that have it.
 
     \b
     Examples:
       excise serve build sd-onnx --out models
       excise serve build sd-bank --out models --policy tenants.json --gpu 0
+      excise engines sd-onnx --for-triton --out sd-engines
       excise serve build sd-engines --out models --backend tensorrt --gpu 0
       tritonserver --model-repository=models --model-control-mode=explicit --load-model=excise
     """
@@ -144,6 +147,8 @@ def build(
     except ValidationError as error:
         raise UsageError(first_problem(error)) from error
     policy, names = _loaded(policy_file), _pairs("--edit-name", edit_names)
+    if backend == "tensorrt":
+        _check_engines(onnx_dir)
     with with_vector_timestep(onnx_dir, out) if backend == "onnxruntime" else nullcontext(onnx_dir) as folder:
         record = build_repository(
             folder,
@@ -291,9 +296,27 @@ def _finished(repo: Path, folder: Path) -> Path | Callable[[Path, Path], object]
     """An exported folder for a version, or what writes it as Triton's ONNX Runtime backend takes it."""
     from excise.serve.repository_record import read_record
 
-    if read_record(repo).backend != "onnxruntime" or not has_scalar_timestep(folder):
+    backend = read_record(repo).backend
+    if backend == "tensorrt":
+        _check_engines(folder)
+    if backend != "onnxruntime" or not has_scalar_timestep(folder):
         return folder
     return vector_timestep_source(folder)
+
+
+def _check_engines(folder: Path) -> None:
+    """Raise ``ArtefactError``, with the command that puts it right, for a folder without engines that Triton takes."""
+    from excise.cli_engine import engines_folder
+    from excise.enginefile import ENGINE
+
+    if has_scalar_timestep(folder):
+        problem = "its UNet takes a scalar timestep, and Triton takes no scalar"
+    elif (folder / "unet" / "model.onnx").is_file() and not (folder / "unet" / ENGINE).is_file():
+        problem = f"it has no unet/{ENGINE}"
+    else:
+        return
+    given, made = shlex.quote(str(folder)), shlex.quote(str(engines_folder(folder)))
+    raise ArtefactError(f"{folder}: {problem}: excise engines {given} --for-triton --out {made}, and name that folder")
 
 
 def _patched(edit_file: Path | None, force: bool) -> Callable[[Path, Path], object]:

@@ -2,9 +2,6 @@
 
 The figures are the released RECE code's (Gong et al., ECCV 2024, arXiv 2407.12383): kept prompts, λ of eq. 8 and epochs
 by kind of concept; where the paper's text differs, a preset's ``note`` says so.
-
-YAML is read without any of its surprises: no tags, so no objects; no anchors, so a small file stays small; no key
-twice; ``1e-3`` is a number.
 """
 
 from __future__ import annotations
@@ -21,20 +18,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from excise.edit.prompts import short
 from excise.errors import UsageError
 from excise.named_file import read_named
-from excise.printable import printable
-
-#: Bytes of a recipe: some 5000 prompts, which take YAML two seconds; longer lists go into files.
-LIMIT = 2**17
+from excise.printable import printable, short
+from excise.strict_yaml import LIMIT, Where, parse_mapping
 
 _RECIPES = Path(__file__).resolve().parent / "recipes"
 
 M = TypeVar("M", bound=BaseModel)
-
-#: Position in a document, outermost key first.
-Where = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -112,29 +103,13 @@ def parse(content: bytes, *, name: str, label: str, folder: Path) -> Document:
     Raises:
         UsageError: too large, not UTF-8, or not a YAML mapping of plain values.
     """
-    if len(content) > LIMIT:
-        raise UsageError(
-            f"{label} is larger than {LIMIT // 1024} KiB: put long lists into files and name them with "
-            "erase_files and keep_files"
-        )
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{label} isn't UTF-8 (byte {error.start}): save it as UTF-8") from error
-    try:
-        reader = _Reader(text, label)
-        data = reader.read()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{label}:{mark.line + 1}" if mark else label
-        raise UsageError(f"{where}: not YAML, {_one_line(error.problem or error.context or 'unreadable')}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{label}: not YAML, {_one_line(str(error))}") from error
-    except RecursionError as error:
-        raise UsageError(f"{label}: nested too deep: a recipe has two levels") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{label}: not a recipe: write fields, one a line, such as version: 1")
-    return Document(data, Source(name, label, folder, reader.lines))
+    read = parse_mapping(
+        content,
+        label,
+        first="version: 1",
+        too_large="put long lists into files and name them with erase_files and keep_files",
+    )
+    return Document(read.data, Source(name, label, folder, read.lines))
 
 
 def validated(model: type[M], data: Mapping[str, Any], source: Source, within: Where = ()) -> M:
@@ -193,62 +168,3 @@ def spell(name: str, value: object, comment: str) -> str:
     else:
         shown = json.dumps(list(value) if isinstance(value, tuple) else value)
     return f"{name}: {shown}  # {printable(comment)}"
-
-
-# YAML 1.1 reads 1e-3 as text for want of a point.
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-
-_SCALARS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null"))
-
-
-class _Reader:
-    """The plain values of a YAML document, as ``yaml.safe_load`` gives them, and the line of each."""
-
-    def __init__(self, text: str, label: str) -> None:
-        self.lines: dict[Where, int] = {}
-        self._loader = yaml.SafeLoader(text)
-        self._label = label
-        self._seen: set[int] = set()
-
-    def read(self) -> Any:
-        root = self._loader.get_single_node()
-        return None if root is None else self._plain(root, ())
-
-    def _plain(self, node: yaml.Node, where: Where) -> Any:
-        line = self.lines[where] = node.start_mark.line + 1
-        if id(node) in self._seen:
-            # What an alias points at may be endless, or itself.
-            raise self._refusal(line, "a value with an alias (*): a recipe has none, write the value again")
-        self._seen.add(id(node))
-        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
-            return self._mapping(node, where)
-        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-            return [self._plain(item, (*where, index)) for index, item in enumerate(node.value)]
-        if not isinstance(node, yaml.ScalarNode):
-            raise self._refusal(line, f"a value of the type {short(node.tag)}: remove the type")
-        if node.tag not in _SCALARS:
-            raise self._refusal(line, f"{short(node.value)} is neither text nor a number: put text in quotes")
-        if node.style is None and _EXPONENT.fullmatch(node.value):
-            return float(node.value)
-        try:
-            return self._loader.construct_object(node)
-        except (ValueError, LookupError) as error:
-            raise self._refusal(line, f"{short(node.value)} can't be read: put text in quotes") from error
-
-    def _mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
-        mapping: dict[str, Any] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                raise self._refusal(line, "no field has such a name: write one such as erase, to or keep")
-            if key.value in mapping:
-                raise self._refusal(line, f"{short(key.value)} is given twice: remove one")
-            mapping[key.value] = self._plain(value, (*where, key.value))
-        return mapping
-
-    def _refusal(self, line: int, problem: str) -> UsageError:
-        return UsageError(f"{self._label}:{line}: {problem}")
-
-
-def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from excise.errors import UsageError
-from excise.printable import printable
+from excise.printable import printable, short
 
 #: Characters of one line, or of one CSV row: no text encoder reads a fraction of it.
 LIMIT = 100_000
@@ -204,15 +204,3 @@ def _cells(file: BinaryIO, shown: str, column: str) -> Iterator[str]:
 
 def _listed(names: Iterable[str]) -> str:
     return printable(", ".join(name for name in names if name.strip()))[:200].strip() or "none, its first line is empty"
-
-
-def short(value: object) -> str:
-    """``repr`` on one line of at most 60 characters, with YAML's null, true and false."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    try:
-        text = printable(repr(value[:100] if isinstance(value, str | tuple | list) else value))
-    except ValueError:
-        # Python refuses to print integers of more than some thousand digits.
-        text = "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."

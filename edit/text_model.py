@@ -14,8 +14,8 @@ from torch import Tensor
 
 from excise.edit.component_files import read_json, stored_variant, weight_files
 from excise.edit.families import TextPart
-from excise.edit.prompts import short
 from excise.errors import ModelError, PromptTooLong, UsageError
+from excise.printable import short
 
 STEM = "model"
 

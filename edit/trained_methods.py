@@ -26,7 +26,6 @@ from excise.edit.families import family_of
 from excise.edit.model_folder import denoiser_weights
 from excise.edit.parameters import PARAMETERS, CaParameters, EsdParameters, SaParameters, TrainingParameters
 from excise.edit.presets import COMMAND_LINE
-from excise.edit.prompts import short
 from excise.edit.recipe import Recipe, Sites
 from excise.edit.sa import fisher_information, sa_step, sa_weights
 from excise.edit.text import Encoder, load_encoder, text_fingerprint
@@ -36,6 +35,7 @@ from excise.edit.weight_deltas import delta_edit, weight_deltas
 from excise.editfile import Edit, fingerprint
 from excise.editmetadata import Erased, Kept
 from excise.errors import ExciseError, NoCrossAttention, UsageError
+from excise.printable import short
 
 #: Images between two checkpoints of the Fisher information.
 _FISHER_EVERY = 20

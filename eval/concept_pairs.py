@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 from excise.errors import UsageError
 from excise.eval.prompt_file import Columns, read_prompt_file
-from excise.eval.prompt_text import short
+from excise.printable import short
 
 #: What pictures are commonly of, so that a scene's own words cancel.
 SCENES: Final = (

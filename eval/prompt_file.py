@@ -21,9 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from excise.errors import UsageError
 from excise.eval.cases import SIDE
-from excise.eval.prompt_text import short
 from excise.named_file import read_named
-from excise.printable import printable
+from excise.printable import printable, short
 from excise.serve.denoising import LARGEST_KEY
 
 #: Characters of a row: no text encoder reads a fraction of it, so a longer one has lost its closing quote.

@@ -11,8 +11,8 @@ import torch
 
 from excise.errors import PromptTooLong, UsageError
 from excise.eval.attack import Candidate
-from excise.eval.prompt_text import short
 from excise.eval.token_vocabulary import VocabularyKind, token_vocabulary
+from excise.printable import short
 
 #: int64, with the shape that the place names.
 Ids: TypeAlias = npt.NDArray[np.int64]

@@ -18,7 +18,6 @@ from excise.errors import UsageError
 from excise.eval.cases import ERASED, KEPT, Case
 from excise.eval.evaluation import PaperFigure
 from excise.eval.prompt_file import PromptRow, read_prompt_file
-from excise.eval.prompt_text import short
 from excise.eval.protocol_demo import BUILTIN
 from excise.eval.protocol_hub import hub_file
 from excise.eval.protocol_schema import (
@@ -38,10 +37,11 @@ from excise.eval.protocol_schema import (
     TablePrompts,
     Whole,
 )
-from excise.eval.protocol_yaml import LIMIT, Problem, parse_yaml, validated
+from excise.eval.protocol_yaml import Problem, parse_yaml, validated
 from excise.manifest import first_problem
 from excise.named_file import read_named
-from excise.printable import printable
+from excise.printable import printable, short
+from excise.strict_yaml import LIMIT
 
 _PROTOCOLS = Path(__file__).resolve().parent / "protocols"
 

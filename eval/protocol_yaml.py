@@ -1,29 +1,19 @@
-"""YAML that answers for itself: plain values, and an error that names the line and the field.
-
-Read as ``yaml.safe_load`` reads, less what would surprise: no key twice, no aliases (a small file stays small).
-"""
+"""YAML as a model: an error names the line and the field."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from excise.errors import UsageError
-from excise.eval.prompt_text import short
-from excise.printable import printable
-
-#: Bytes of a document; the bundled protocols take 2 KiB each.
-LIMIT: Final = 2**17
+from excise.printable import one_line, printable, short
+from excise.strict_yaml import Where, parse_mapping
 
 M = TypeVar("M", bound=BaseModel)
-
-#: Position in a document, outermost key first.
-Where = tuple[str | int, ...]
 
 
 class Problem(ValueError):
@@ -55,30 +45,8 @@ def parse_yaml(content: bytes, label: str) -> YamlDocument:
     Raises:
         UsageError: too large, not UTF-8, not YAML, a key that stands twice, an alias, or no mapping.
     """
-    if len(content) > LIMIT:
-        raise UsageError(f"{label} is larger than {LIMIT // 1024} KiB: is it the right file?")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{label} isn't UTF-8 (byte {error.start}): save it as UTF-8") from error
-    lines: dict[Where, int] = {}
-    try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        for where, node in _nodes(root, label):
-            lines[where] = node.start_mark.line + 1
-        data = loader.construct_document(root) if root is not None else None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{label}:{mark.line + 1}" if mark else label
-        raise UsageError(f"{place}: not YAML, {_one_line(error.problem or error.context or '')}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{label}: not YAML, {_one_line(str(error))}") from error
-    except RecursionError as error:
-        raise UsageError(f"{label}: nested too deep") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{label}: has no fields: write one a line, such as format: 1")
-    return YamlDocument(label, data, lines)
+    read = parse_mapping(content, label, first="format: 1")
+    return YamlDocument(label, read.data, read.lines)
 
 
 def validated(model: type[M], document: YamlDocument) -> M:
@@ -105,7 +73,7 @@ def validated(model: type[M], document: YamlDocument) -> M:
     if kind == "value_error":
         error = details["ctx"]["error"]
         raise document.refusal((*where, *(error.where if isinstance(error, Problem) else ())), str(error))
-    give = f"give {asked}" if asked else _one_line(details["msg"])
+    give = f"give {asked}" if asked else one_line(details["msg"])
     if kind == "missing":
         raise document.refusal((*where, loc[-1]), f"is missing: {give}")
     raise document.refusal(where, f"{short(value)}: {give}")
@@ -136,32 +104,6 @@ def _place(model: type[BaseModel], value: Any, loc: Where) -> tuple[Where, Any, 
     return where, value, models, asked
 
 
-def _nodes(node: yaml.Node | None, label: str) -> Iterator[tuple[Where, yaml.Node]]:
-    """Every value's node and its position; a mapping's value has its key's line."""
-    stack: list[tuple[Where, yaml.Node]] = [] if node is None else [((), node)]
-    seen: set[int] = set()
-    while stack:
-        where, node = stack.pop()
-        yield where, node
-        if isinstance(node, yaml.CollectionNode):
-            if id(node) in seen:
-                line = node.start_mark.line + 1
-                raise UsageError(f"{label}:{line}: an anchor that an alias (*) repeats: write the value again")
-            seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            stack += [((*where, index), item) for index, item in enumerate(node.value)]
-        elif isinstance(node, yaml.MappingNode):
-            keys: set[str] = set()
-            for key, value in node.value:
-                name = str(key.value)
-                if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                    raise UsageError(f"{label}:{key.start_mark.line + 1}: {short(name)} is no field's name")
-                if name in keys:
-                    raise UsageError(f"{label}:{key.start_mark.line + 1}: {short(name)} is given twice: remove one")
-                keys.add(name)
-                stack.append(((*where, name), value))
-
-
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """The models that an annotation names, however deep in tuples and unions."""
     if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
@@ -175,7 +117,3 @@ def _tag(model: type[BaseModel]) -> dict[str, Any]:
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
             return {name: get_args(field.annotation)[0]}
     return {}
-
-
-def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 
@@ -21,7 +21,7 @@ import numpy as np
 from excise.errors import ArtefactError, Draining, ExciseError, QueueFull, UsageError
 from excise.serve.batch_job import BatchJob
 from excise.serve.denoising import check_requests
-from excise.serve.engine import Image, ImageRequest, Load, OnJobStep, Served
+from excise.serve.engine import Failures, Image, ImageRequest, Load, OnJobStep, Served, failure_reason
 from excise.serve.serving_runtime import ServingRuntime, Steps
 
 #: Larger scales end in overflows: the picture would be the client's mistake, and the error the server's.
@@ -72,6 +72,7 @@ class BatchEngine:
         self._unsettled = 0  # jobs whose futures aren't finished
         self._draining = self._closed = False
         self._steps, self._batched, self._seconds = 0, 0, 0.0
+        self._failed = Counter[str]()  # by the names in ``Failures``
         self._step_seconds, self._steps_left = 0.0, 0
         self._thread = threading.Thread(target=self._work, name="excise-engine", daemon=True)
         self._thread.start()
@@ -86,7 +87,8 @@ class BatchEngine:
         """How busy it is now; requests that were cancelled while they waited don't count."""
         with self._changed:
             waiting = sum(not job.future.cancelled() for job in self._waiting)
-            return Load(waiting, len(self._running), self._steps, self._batched, self._seconds)
+            failed = Failures(**self._failed)
+            return Load(waiting, len(self._running), self._steps, self._batched, self._seconds, failed)
 
     def submit(self, request: ImageRequest, *, on_step: OnJobStep | None = None) -> BatchJob:
         """Queue one image; from any thread, returns at once.
@@ -167,13 +169,16 @@ class BatchEngine:
 
     def _settle(self, outcomes: Iterable[tuple[BatchJob, Image | ExciseError]]) -> None:
         """Finish jobs that are neither waiting nor running any more. Callbacks run here, so the lock isn't held."""
-        settled = 0
+        settled, failed = 0, Counter[str]()
         for job, outcome in outcomes:
             job.finish(outcome)
             settled += 1
+            if (reason := failure_reason(job, outcome)) is not None:
+                failed[reason] += 1
         if settled:
             with self._changed:
                 self._unsettled -= settled
+                self._failed += failed
                 self._changed.notify_all()
 
     # What follows runs in the engine's thread.

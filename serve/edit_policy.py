@@ -44,13 +44,17 @@ class EditPolicy(BaseModel):
             raise ValueError(f"{value} is unknown: this excise reads {FORMAT}")
         return value
 
+    def allowed(self, tenant: str | None) -> Names:
+        """The names that a tenant may choose, its default first; none where it is refused."""
+        return self.tenants.get(tenant, self.default) if tenant else self.default
+
     def choose(self, tenant: str | None, edit: str | None) -> str:
         """The name of the edit that a request gets. An unknown edit and a forbidden one look the same to a client.
 
         Raises:
             UsageError: The tenant may not choose it, or nothing at all.
         """
-        allowed = self.tenants.get(tenant, self.default) if tenant else self.default
+        allowed = self.allowed(tenant)
         if not allowed:
             who = "a request without a tenant" if not tenant else "this tenant"
             raise UsageError(f"{who} may choose no edit here: ask the operator for access")

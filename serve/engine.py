@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from excise.errors import DeadlineExceeded, Draining, ExciseError
 from excise.serve.runtime import Request
 
 #: uint8 with shape (height, width, 3).
@@ -72,14 +73,36 @@ class Served:
 
 
 @dataclass(frozen=True)
+class Failures:
+    """Images that were taken and not made, each counted once, by the reason."""
+
+    model_error: int = 0  #: the model raised an error, or gave what is no image
+    deadline: int = 0  #: it wasn't ready in time
+    cancelled: int = 0  #: nobody waited for it any more
+    stopped: int = 0  #: the engine was closed before it was done
+
+
+def failure_reason(job: Job, outcome: Image | ExciseError) -> str | None:
+    """Which of ``Failures`` a job is that was finished with ``outcome``; None for an image that somebody waited for."""
+    if job.future.cancelled():  # before it was finished: from then on it can't be
+        return "cancelled"
+    if not isinstance(outcome, ExciseError):
+        return None
+    if isinstance(outcome, DeadlineExceeded):
+        return "deadline"
+    return "stopped" if isinstance(outcome, Draining) else "model_error"
+
+
+@dataclass(frozen=True)
 class Load:
-    """How busy an engine is: for metrics and ``Retry-After``."""
+    """How busy an engine is, and what it couldn't make: for metrics and ``Retry-After``."""
 
     waiting: int
     running: int
     steps: int  #: UNet calls so far
     batched: int  #: images in those calls, so that batched / steps is the mean batch size
     seconds: float  #: spent in them
+    failed: Failures = field(default_factory=Failures)  #: so far; requests that ``submit`` refused aren't among them
 
 
 class Engine(Protocol):

@@ -73,6 +73,7 @@ class Access:
                     "request_id": request_id,
                     "client": client[0] if client else None,
                     "key": scope["state"].get("key"),
+                    **({"tenant": scope["state"]["tenant"]} if "tenant" in scope["state"] else {}),
                     "method": quoted(scope["method"]),
                     "path": quoted(scope["path"]),
                     "status": status or 499,

@@ -28,7 +28,7 @@ from excise.serve.http_generation import Generator
 from excise.serve.http_health import Readiness, health_router
 from excise.serve.http_kserve import kserve_router
 from excise.serve.http_metrics import Metrics, metrics_router
-from excise.serve.http_models import Models
+from excise.serve.http_models import TenantModels
 from excise.serve.http_openai import openai_router
 from excise.serve.http_settings import ServerSettings
 from excise.serve.output_filter import NudeNetFilter, OutputFilter
@@ -56,6 +56,7 @@ def create_app(
         output_filter: In place of NudeNet's, where ``settings.output_filter`` asks for one.
 
     Raises:
+        UsageError: ``settings.policy`` names an edit that the engine doesn't serve.
         OutputError: The audit log can't be opened.
         MissingExtra: The output filter isn't installed.
     """
@@ -67,7 +68,7 @@ def create_app(
         output_filter = NudeNetFilter(score=settings.filter_score)
     audit = None if settings.audit_log is None else AuditLog(settings.audit_log)
     readiness = Readiness(engine, settings, metrics)
-    models = Models(engine.served)
+    models = TenantModels(engine.served, settings.policy)
     generator = Generator(
         engine,
         settings,

@@ -1,4 +1,7 @@
-"""API keys: ``Authorization: Bearer KEY``, compared by their SHA-256 in constant time."""
+"""API keys: ``Authorization: Bearer KEY``, compared by their SHA-256 in constant time.
+
+A request's tenant is its key's, whatever else the request says.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class ApiKeys:
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self._app, self._digests = app, settings.api_key_digests
+        self._app, self._digests, self._tenants = app, settings.api_key_digests, settings.api_key_tenants
         self._open = _OPEN | ({"/metrics"} if settings.open_metrics else set())
         self._waiting = 0
 
@@ -37,7 +40,11 @@ class ApiKeys:
             return
         digest = matching(Headers(scope=scope).get("authorization", ""), self._digests)
         if digest is not None:
-            scope.setdefault("state", {})["key"] = digest[:12]
+            state = scope.setdefault("state", {})
+            state["key"] = digest[:12]
+            # Looked up once the key is known: how long that takes says nothing about other keys.
+            if (tenant := self._tenants.get(digest)) is not None:
+                state["tenant"] = tenant
             await self._app(scope, receive, send)
             return
         await (await self._refused()).response(scope["path"])(scope, receive, send)

@@ -4,7 +4,8 @@ KServe's routes, below ``/v2``, answer ``{"error": "text"}``, as its protocol sa
 clients read: ``{"error": {"message", "type", "code", "param"}}``.
 
     400  a value that can't be used; ``content_policy_violation`` where the output filter refuses an image
-    401  no key, or not one of the server's                404, 405  no such route, model or method
+    401  no key, or not one of the server's                403  an edit that the key's tenant may not choose
+    404, 405  no such route, model or method
     408  the body came too slowly                          413, 415  the body is too large, or of another type
     429  the queue is full, with Retry-After               499  the client has left; nobody reads it
     503  draining, with Retry-After                        504  the deadline passed

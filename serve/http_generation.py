@@ -195,6 +195,7 @@ class Generation:
         self._generator.audit.write(
             request_id=state.get("request_id"),
             key=state.get("key"),
+            **({"tenant": state["tenant"]} if "tenant" in state else {}),
             protocol=self._protocol,
             model=self._generator.engine.served.model,
             edit=one.edit.name,

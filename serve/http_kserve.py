@@ -17,13 +17,13 @@ from starlette.responses import Response
 
 from excise import __version__
 from excise.onnx_metadata import EDIT_ID
-from excise.serve.engine import ServedEdit
+from excise.serve.engine import Served, ServedEdit
 from excise.serve.http_errors import KSERVE_ERRORS, RequestRefused, json_response, quoted
 from excise.serve.http_generation import Generator
 from excise.serve.http_health import Readiness
 from excise.serve.http_kserve_tensors import HEADER_LENGTH, INPUTS, OUTPUT, InferBody, answer, read_body
 from excise.serve.http_limits import Wanted, check_n, deadline_of, random_seed, within_limits
-from excise.serve.http_models import Models
+from excise.serve.http_models import Models, TenantModels
 from excise.serve.http_settings import ServerSettings
 
 VERSION = "1"
@@ -31,7 +31,7 @@ VERSION = "1"
 _TRITON_TYPES = {"BYTES": "TYPE_STRING", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32"}
 
 
-def kserve_router(generator: Generator, models: Models, readiness: Readiness) -> APIRouter:
+def kserve_router(generator: Generator, models: TenantModels, readiness: Readiness) -> APIRouter:
     """The routes below ``/v2``."""
     router = APIRouter(tags=["kserve"])
     settings = generator.settings
@@ -50,40 +50,41 @@ def kserve_router(generator: Generator, models: Models, readiness: Readiness) ->
         return json_response({"ready": True}) if readiness.ready else readiness.failure().response("/v2")
 
     @router.post("/v2/repository/index", summary="The models", responses=KSERVE_ERRORS)
-    async def index() -> Response:
+    async def index(request: Request) -> Response:
         state = "READY" if readiness.ready else "UNAVAILABLE"
-        return json_response([{"name": name, "version": VERSION, "state": state} for name in models.names])
+        own = models.of(request).names
+        return json_response([{"name": name, "version": VERSION, "state": state} for name in own])
 
     def both(suffix: str) -> tuple[str, str]:
         """A model's route without and with its version."""
         return f"/v2/models/{{model}}{suffix}", f"/v2/models/{{model}}/versions/{{version}}{suffix}"
 
-    def found(model: str, version: str) -> ServedEdit:
+    def found(request: Request, model: str, version: str) -> ServedEdit:
         if version != VERSION:
             raise RequestRefused(
                 f"version {quoted(version)!r} isn't served here: the version is {VERSION}",
                 status=404,
                 code="version_not_found",
             )
-        return models.model(model)
+        return models.of(request).model(model)
 
-    async def show(model: str, version: str = VERSION) -> Response:
-        found(model, version)
-        return json_response(_metadata(models, model))
+    async def show(request: Request, model: str, version: str = VERSION) -> Response:
+        found(request, model, version)
+        return json_response(_metadata(models.served, model))
 
-    async def model_ready(model: str, version: str = VERSION) -> Response:
-        found(model, version)
+    async def model_ready(request: Request, model: str, version: str = VERSION) -> Response:
+        found(request, model, version)
         return await ready()
 
-    async def config(model: str, version: str = VERSION) -> Response:
-        return json_response(_config(settings, models, model, found(model, version)))
+    async def config(request: Request, model: str, version: str = VERSION) -> Response:
+        return json_response(_config(settings, models.served, model, found(request, model, version)))
 
     async def infer(request: Request, model: str, version: str = VERSION) -> Response:
-        found(model, version)
+        found(request, model, version)
         _check_type(request.headers.get("content-type", ""))
         body, values = read_body(await request.body(), request.headers.get(HEADER_LENGTH))
         binary = body.binary
-        wanted = _wanted(settings, models, model, values)
+        wanted = _wanted(settings, models.of(request), model, values)
         deadline = deadline_of(settings, request.headers, body.timeout)
         generation = generator.begin(request, wanted, protocol="kserve", deadline=deadline)
         images = [one.image for one in await generation.finish()]
@@ -157,19 +158,19 @@ def _wanted(settings: ServerSettings, models: Models, model: str, values: dict[s
     ]
 
 
-def _metadata(models: Models, name: str) -> dict[str, Any]:
+def _metadata(served: Served, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "versions": [VERSION],
         "platform": "excise",
         "inputs": [{"name": one, "datatype": kind, "shape": [-1, 1]} for one, kind in INPUTS.items()],
-        "outputs": [{"name": OUTPUT, "datatype": "UINT8", "shape": [-1, *models.served.image_shape]}],
+        "outputs": [{"name": OUTPUT, "datatype": "UINT8", "shape": [-1, *served.image_shape]}],
     }
 
 
-def _config(settings: ServerSettings, models: Models, name: str, edit: ServedEdit) -> dict[str, Any]:
+def _config(settings: ServerSettings, served: Served, name: str, edit: ServedEdit) -> dict[str, Any]:
     """As Triton gives it: 64-bit integers are strings in its JSON, which these dimensions needn't be."""
-    texts = {EDIT_ID: edit.id, "excise.edit": edit.name, "excise.manifest": models.served.manifest}
+    texts = {EDIT_ID: edit.id, "excise.edit": edit.name, "excise.manifest": served.manifest}
     return {
         "name": name,
         "platform": "",
@@ -180,7 +181,7 @@ def _config(settings: ServerSettings, models: Models, name: str, edit: ServedEdi
             {"name": one, "data_type": _TRITON_TYPES[kind], "dims": [1], "optional": one != "PROMPT"}
             for one, kind in INPUTS.items()
         ],
-        "output": [{"name": OUTPUT, "data_type": "TYPE_UINT8", "dims": list(models.served.image_shape)}],
+        "output": [{"name": OUTPUT, "data_type": "TYPE_UINT8", "dims": list(served.image_shape)}],
         "parameters": {key: {"string_value": text} for key, text in texts.items() if text},
     }
 

@@ -7,6 +7,7 @@ of edits, so that no client can make new series.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -99,6 +100,13 @@ class _EngineLoad(Collector):
             "excise_unet_images", "Images in those calls: divided by the calls, the mean batch size", load.batched
         )
         yield CounterMetricFamily("excise_unet_seconds", "Seconds spent in those calls", load.seconds)
+        # Every reason is there from the start: a rate over a counter that appears with its first failure misses it.
+        failed = CounterMetricFamily(
+            "excise_images_failed", "Images that the engine took and didn't make", labels=["reason"]
+        )
+        for reason, count in asdict(load.failed).items():
+            failed.add_metric([reason], count)
+        yield failed
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:

@@ -23,7 +23,7 @@ from excise.serve.http_errors import OPENAI_ERRORS, RequestRefused, failure_of, 
 from excise.serve.http_events import Events
 from excise.serve.http_generation import Generated, Generator
 from excise.serve.http_limits import Wanted, check_n, deadline_of, random_seed, within_limits
-from excise.serve.http_models import SEPARATOR, Models
+from excise.serve.http_models import SEPARATOR, Models, TenantModels
 from excise.serve.http_openai_schema import GenerationBody, ImagesAnswer, request_body
 from excise.serve.http_settings import ServerSettings
 
@@ -31,7 +31,7 @@ from excise.serve.http_settings import ServerSettings
 _CREATED = 0
 
 
-def openai_router(generator: Generator, models: Models) -> APIRouter:
+def openai_router(generator: Generator, models: TenantModels) -> APIRouter:
     """The routes below ``/v1``."""
     router = APIRouter(tags=["openai"])
     settings = generator.settings
@@ -43,11 +43,11 @@ def openai_router(generator: Generator, models: Models) -> APIRouter:
         summary="Create images",
         response_model=ImagesAnswer,
         responses={**OPENAI_ERRORS, 200: {"content": {"text/event-stream": {}}}},
-        openapi_extra={"requestBody": request_body(settings, models, size)},
+        openapi_extra={"requestBody": request_body(settings, models.everybodys, size)},
     )
     async def generate(request: Request) -> Response:
         body = await _body(request)
-        wanted = _wanted(settings, models, body, size)
+        wanted = _wanted(settings, models.of(request), body, size)
         deadline = deadline_of(settings, request.headers)
         common = {
             "created": int(time.time()),
@@ -73,12 +73,13 @@ def openai_router(generator: Generator, models: Models) -> APIRouter:
         return await asyncio.to_thread(lambda: json_response({**common, "data": [entry(one) for one in generated]}))
 
     @router.get("/v1/models", summary="The models: each edit is one", responses=OPENAI_ERRORS)
-    async def list_models() -> Response:
-        return json_response({"object": "list", "data": [_model(settings, models, name) for name in models.names]})
+    async def list_models(request: Request) -> Response:
+        own = models.of(request)
+        return json_response({"object": "list", "data": [_model(settings, own, name) for name in own.names]})
 
     @router.get("/v1/models/{model}", summary="One model", responses=OPENAI_ERRORS)
-    async def show_model(model: str) -> Response:
-        return json_response(_model(settings, models, model))
+    async def show_model(request: Request, model: str) -> Response:
+        return json_response(_model(settings, models.of(request), model))
 
     return router
 

@@ -61,8 +61,8 @@ class ImagesAnswer(BaseModel):
     data: list[ImageEntry]
 
 
-def request_body(settings: ServerSettings, models: Models, size: str) -> dict[str, Any]:
-    """The body's schema with this server's limits."""
+def request_body(settings: ServerSettings, models: Models | None, size: str) -> dict[str, Any]:
+    """The body's schema with this server's limits; ``models`` None where their names aren't everybody's to know."""
     schema = GenerationBody.model_json_schema()
     limits: dict[str, dict[str, Any]] = {
         "prompt": {"maxLength": settings.max_prompt_characters},
@@ -70,10 +70,11 @@ def request_body(settings: ServerSettings, models: Models, size: str) -> dict[st
         "n": {"maximum": settings.max_n},
         "num_inference_steps": {"maximum": settings.max_steps},
         "guidance_scale": {"maximum": settings.max_guidance_scale},
-        "model": {"enum": list(models.names)},
-        "edit": {"enum": ["", *(edit.name for edit in models.served.edits)]},
         "size": {"enum": ["auto", size]},
     }
+    if models is not None:
+        limits["model"] = {"enum": list(models.names)}
+        limits["edit"] = {"enum": ["", *(edit.name for edit in models.served.edits)]}
     for name, limit in limits.items():
         one = schema["properties"][name]
         next(iter(one.get("anyOf", [one]))).update(limit)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from excise.errors import UsageError
+from excise.serve.edit_policy import EditPolicy
 
 #: A key with fewer characters could be guessed.
 SHORTEST_KEY = 16
@@ -42,6 +43,10 @@ class ServerSettings(BaseModel):
 
     api_key_digests: tuple[Sha256, ...] = ()
     """Of the keys that clients may send, each from ``key_digest``; without any, nobody is asked for one."""
+    api_key_tenants: dict[Sha256, Annotated[str, Field(min_length=1)]] = {}
+    """The tenant that a key belongs to, by the key's digest; a key that isn't here belongs to none."""
+    policy: EditPolicy | None = None
+    """Which tenant may choose which edit; without one, every client may choose each."""
     open_metrics: bool = True
     """Whether ``/metrics`` is answered without a key; the health routes always are."""
 
@@ -78,6 +83,18 @@ class ServerSettings(BaseModel):
     """Of the image that is made before the server says that it is ready."""
     drain_retry_after: Count = 10
     """What ``Retry-After`` says while the server shuts down."""
+
+    @model_validator(mode="after")
+    def _tenants_of_keys(self) -> ServerSettings:
+        if strange := [digest for digest in self.api_key_tenants if digest not in self.api_key_digests]:
+            raise ValueError(f"api_key_tenants: {strange[0][:12]} isn't the beginning of a digest in api_key_digests")
+        if self.policy is not None:
+            tenants = {self.api_key_tenants.get(digest) for digest in self.api_key_digests} or {None}
+            if not any(self.policy.allowed(tenant) for tenant in tenants):
+                raise ValueError(
+                    "policy: no client may choose any edit: give it a default, or give a tenant that it lists a key"
+                )
+        return self
 
     @model_validator(mode="after")
     def _defaults_within_limits(self) -> ServerSettings:

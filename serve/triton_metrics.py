@@ -22,6 +22,11 @@ FAMILIES: tuple[tuple[str, str, str], ...] = (
     ("excise_cancelled_total", "COUNTER", "Requests that were cancelled"),
     ("excise_failed_total", "COUNTER", "Requests that were answered with an error"),
 )
+#: The embedded server's metric of this name, with the label ``reason``: of requests that were read, so that a mistake
+#: of a client's isn't one of the model's. Requests that wait too long are Triton's own, and in its metrics.
+IMAGES_FAILED = ("excise_images_failed_total", "COUNTER", "Images that were begun and not made")
+#: A reply's outcome → the reason.
+REASONS = {"failed": "model_error", "cancelled": "cancelled"}
 INFO = ("excise_edit_info", "GAUGE", "1; the labels edit_id and manifest_sha256 say what is served")
 
 
@@ -37,11 +42,22 @@ class Metrics:
             self._families.append(family)
             self._values[name] = family.Metric(labels={**labels, **(info if name == INFO[0] else {})})
         self._values[INFO[0]].set(1)
+        name, kind, description = IMAGES_FAILED
+        family = pb_utils.MetricFamily(name=name, description=description, kind=getattr(pb_utils.MetricFamily, kind))
+        self._families.append(family)
+        self._failed = {
+            outcome: family.Metric(labels={**labels, "reason": reason}) for outcome, reason in REASONS.items()
+        }
 
     def add(self, name: str, amount: float = 1) -> None:
         """Count."""
         if amount:
             self._values[name].increment(amount)
+
+    def images_failed(self, outcome: str, images: int) -> None:
+        """Count images by their reply's outcome; one that is none of ``REASONS`` is no failure."""
+        if outcome in self._failed:
+            self._failed[outcome].increment(images)
 
     def canary(self, result: CanaryResult) -> None:
         """Note what a canary found. A difference that couldn't be taken is shown as infinite."""
@@ -55,4 +71,5 @@ class Metrics:
     def close(self) -> None:
         """Forget them, so that Triton stops to show a version that isn't served any more."""
         self._values.clear()
+        self._failed.clear()
         self._families.clear()

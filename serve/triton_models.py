@@ -146,7 +146,7 @@ def _tensor(kind: type[Tensor], name: str, tensor: TensorEntry) -> Tensor:
     if not tensor.shape:
         raise ArtefactError(
             f"{name} is a scalar, and Triton takes none: excise serve build --backend onnxruntime gives it shape (1); "
-            "for tensorrt, build engines of a folder that excise.export.vector_timestep wrote"
+            "for tensorrt, build the engines by excise engines ONNX_DIR --for-triton --out ENGINES"
         )
     return kind(name=name, data_type=DATA_TYPES[tensor.dtype], dims=tensor.shape)
 

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from excise.demo.vocabulary import KEPT, WEAPONS, caption
 from excise.edit.parameters import PARAMETERS
-from excise.edit.presets import LIMIT, preset_names
+from excise.edit.presets import preset_names
 from excise.edit.recipe import EpochScales, Recipe, Sites, explain, load_recipe, resolve
 from excise.errors import UsageError
+from excise.strict_yaml import LIMIT
 
 SLOW_TO_DRAW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
@@ -326,8 +327,8 @@ REFUSED = [
     ("keep: !!set {a}", "a value of the type 'tag:yaml.org,2002:set': remove the type"),
     ("note: !!bool x", "'x' can't be read: put text in quotes"),
     ("version: 1", ":2: 'version' is given twice: remove one"),
-    ("<<: {epochs: 1}", "no field has such a name"),
-    ("1: 2", "no field has such a name"),
+    ("<<: {epochs: 1}", "'<<' is no field's name"),
+    ("1: 2", "'1' is no field's name"),
     ("epochs: [1", "recipe.yaml:3: not YAML"),
     ("note: \x07", "not YAML"),
     ("keep:\n " + "- " * 3000, "nested too deep"),
@@ -367,8 +368,8 @@ def test_refusals_name_the_option(overrides: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a recipe"),
-        (b"- version: 1\n", "not a recipe"),
+        (b"", "has no fields: write one a line, such as version: 1"),
+        (b"- version: 1\n", "has no fields: write one a line, such as version: 1"),
         (b"erase: gun\n", "version is missing"),
         (b"version: 2\n", ":1: version = 2: give 1"),
         (b"version: true\n", "version is missing or no number"),

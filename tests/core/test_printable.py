@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from excise.eval.prompt_text import short
-from excise.printable import printable
+from excise.printable import printable, short
 
 
 @pytest.mark.parametrize(
