@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
@@ -199,6 +200,28 @@ def _hash_all(folder: Path, paths: list[str]) -> dict[str, FileEntry]:
             bar = tqdm(total=total, unit="B", unit_scale=True, desc="hashing", file=sys.stderr, leave=False)
             tick = stack.enter_context(bar).update
         return {path: FileEntry(size=sizes[path], sha256=hash_file(folder / path, tick)) for path in paths}
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files, for a folder that has no manifest.
+
+    Leaves out what no model is loaded from: hidden files and folders, and ``.md``. Files that are as they were, by
+    their size and time, aren't read twice in a process.
+    """
+    paths = [path for path in _paths(folder) if not _untold(path)]
+    states = [(path, (folder / path).stat()) for path in paths]
+    return _hash_folder(folder.resolve(), tuple((path, state.st_size, state.st_mtime_ns) for path, state in states))
+
+
+@cache
+def _hash_folder(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    entries = _hash_all(folder, [path for path, _, _ in files])
+    lines = [f"{entry.sha256}  {path}\n" for path, entry in entries.items()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _untold(path: str) -> bool:
+    return path.endswith(".md") or any(part.startswith(".") for part in path.split("/"))
 
 
 def write_manifest(

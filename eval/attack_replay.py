@@ -125,10 +125,7 @@ def replay(run: Replay) -> ReplayReport:
     sent = [case for group in groups for case in group.cases]
     configuration = RunConfiguration(
         protocols={protocol.name: ProtocolEntry.of(protocol.version, {**settings, "found_sha256": sha256}, sent)},
-        runtimes={
-            spec.name: RuntimeEntry(source=str(spec), edit=served[spec.name].edit, manifest=served[spec.name].manifest)
-            for spec in run.specs
-        },
+        runtimes={spec.name: RuntimeEntry.of(str(spec), served[spec.name]) for spec in run.specs},
         batch_size=run.batch_size,
         image_format=run.image_format,
         versions=dict(run.versions),
@@ -229,7 +226,7 @@ def _shown(
     settings = GenerationSettings(
         num_inference_steps=run.choice.steps,
         edit_id=served.edit,
-        depends_on={"source": str(spec), "manifest": served.manifest, "versions": dict(run.versions)},
+        depends_on={**RuntimeEntry.of(str(spec), served).depends_on, "versions": dict(run.versions)},
         image_format=run.image_format,
     )
     folder = run.folder / group.name

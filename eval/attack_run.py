@@ -125,7 +125,7 @@ def run_attacks(run: AttackRun) -> AttackReport:
     configuration = RunConfiguration(
         protocols={protocol.name: ProtocolEntry.of(protocol.version, settings, erased)},
         runtimes={
-            role: RuntimeEntry(source=str(spec), edit=served[role].edit, manifest=served[role].manifest)
+            role: RuntimeEntry.of(str(spec), served[role])
             for role, spec in ((BASE, run.base), (ATTACKED, run.attacked))
         },
         batch_size=run.batch_size,
@@ -204,7 +204,7 @@ def _settings(run: AttackRun, spec: RuntimeSpec, served: Provenance) -> Generati
     return GenerationSettings(
         num_inference_steps=run.choice.steps,
         edit_id=served.edit,
-        depends_on={"source": str(spec), "manifest": served.manifest, "versions": dict(run.versions)},
+        depends_on={**RuntimeEntry.of(str(spec), served).depends_on, "versions": dict(run.versions)},
         image_format=run.image_format,
     )
 

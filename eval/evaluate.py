@@ -93,10 +93,7 @@ def evaluate(choices: Sequence[Choice], run: Run) -> Evaluation:
             )
             for choice in choices
         },
-        runtimes={
-            spec.name: RuntimeEntry(source=str(spec), edit=served[spec.name].edit, manifest=served[spec.name].manifest)
-            for spec in run.specs
-        },
+        runtimes={spec.name: RuntimeEntry.of(str(spec), served[spec.name]) for spec in run.specs},
         batch_size=run.batch_size,
         image_format=run.image_format,
     )
@@ -151,7 +148,7 @@ def _generate(
         settings = GenerationSettings(
             num_inference_steps=choice.steps,
             edit_id=served.edit,
-            depends_on={"source": str(spec), "manifest": served.manifest, "versions": run_versions()},
+            depends_on={**RuntimeEntry.of(str(spec), served).depends_on, "versions": run_versions()},
             image_format=run.image_format,
         )
         folder = run.folder / name

@@ -42,6 +42,7 @@ class Provenance(_Strict):
     edit: str | None = None  #: the edit's id, as the artefact names it
     edit_summary: str | None = None
     manifest: str | None = None  #: SHA-256 of the artefact's manifest
+    files: str | None = None  #: SHA-256 over the files of a folder that has no manifest
     intact: bool | None = None  #: whether every file is as the manifest says; None where there is no manifest
     problems: tuple[str, ...] = ()
     precision: dict[str, str] = {}  #: component → the number format that it computes in

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from excise.errors import ArtefactError, OutputError
 from excise.eval.cases import Case
+from excise.eval.evaluation import Provenance
 from excise.eval.image_file import ImageFormat
 from excise.eval.image_generation import cases_digest
 from excise.manifest import first_problem, tool_versions
@@ -58,6 +59,17 @@ class RuntimeEntry(_Strict):
     source: str
     edit: str | None = None
     manifest: str | None = None  #: SHA-256
+    files: str | None = None  #: SHA-256 over the files of a folder without a manifest
+
+    @classmethod
+    def of(cls, source: str, served: Provenance) -> Self:
+        """The entry of a runtime that serves this."""
+        return cls(source=source, edit=served.edit, manifest=served.manifest, files=served.files)
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """What its images depend on, besides the edit and the settings."""
+        return {"source": self.source, "manifest": self.manifest, "files": self.files}
 
 
 class RunConfiguration(_Strict):

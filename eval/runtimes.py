@@ -18,7 +18,7 @@ from excise.eval.evaluation import Provenance
 from excise.eval.output_filters import check_output_filter, open_output_filter
 from excise.eval.runtime_spec import RuntimeSpec, parse_runtime, parse_runtimes
 from excise.eval.verification_sides import LoadPipeline, check_side, open_side, precision
-from excise.manifest import NAME, hash_file, read_manifest, verify
+from excise.manifest import NAME, hash_file, hash_folder, read_manifest, verify
 from excise.onnx_metadata import read_edit_id
 from excise.serve.filtered_runtime import FilteredRuntime
 from excise.serve.runtime import Progress, Request, Runtime
@@ -140,7 +140,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 def provenance(spec: RuntimeSpec) -> Provenance:
     """What a runtime serves, by its own files; a server is asked for its model's configuration where it can be.
 
-    No model is loaded, but every file of a folder with a manifest is hashed. ``intact`` is False too where the
+    No model is loaded, but every file of a folder is hashed. ``intact`` is False too where the
     manifest names another edit than the files do.
 
     Raises:
@@ -172,6 +172,7 @@ def provenance(spec: RuntimeSpec) -> Provenance:
         edit=edit,
         edit_summary=summary,
         manifest=hash_file(file) if manifest else None,
+        files=None if manifest else hash_folder(folder),
         intact=not problems if manifest else None,
         problems=tuple(problems),
         precision=precision(spec.side)[0] if spec.kind != "tensorrt" else {},

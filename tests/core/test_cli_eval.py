@@ -336,6 +336,19 @@ def test_a_sweep_makes_its_edits_and_goes_on_where_it_was(made: Path, tmp_path: 
     assert (out / "report.json").read_bytes() == report
 
 
+def test_a_run_does_not_go_on_with_another_model_in_the_same_place(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    command = ["eval", "demo-weapons", "--runtime", f"base=torch:{tmp_path / 'model'}", *FEW]
+    command += ["--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert main(command) == 2
+    assert "holds a run with another configuration (runtimes.base.files is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

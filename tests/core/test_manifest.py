@@ -18,6 +18,7 @@ from excise.manifest import (
     Manifest,
     WeightEntry,
     hash_file,
+    hash_folder,
     read_manifest,
     verify,
     write_manifest,
@@ -173,3 +174,23 @@ def test_it_needs_neither_torch_nor_onnx() -> None:
     code = "import sys, excise.manifest; print([m for m in ('torch', 'onnx', 'diffusers') if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_the_hash_of_a_folder_is_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    (tmp_path / "a.bin").write_bytes(b"12")
+    first = hash_folder(tmp_path)
+    assert len(first) == 64
+    (tmp_path / "README.md").write_text("no model is loaded from it")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x").write_text("nor from this")
+    assert hash_folder(tmp_path) == first
+    (tmp_path / "a.bin").rename(tmp_path / "b.bin")
+    renamed = hash_folder(tmp_path)
+    (tmp_path / "b.bin").write_bytes(b"13")
+    changed = hash_folder(tmp_path)
+    assert len({first, renamed, changed}) == 3
+    (tmp_path / "b.bin").rename(tmp_path / "a.bin")
+    (tmp_path / "a.bin").write_bytes(b"12")
+    assert hash_folder(tmp_path) == first

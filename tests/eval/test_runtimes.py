@@ -27,7 +27,7 @@ from excise.eval.runtimes import (
 from excise.eval.torch_runtime import TorchRuntime
 from excise.export.onnx_export import export_pipeline
 from excise.export.pipeline import load_pipeline
-from excise.manifest import hash_file
+from excise.manifest import hash_file, hash_folder
 from excise.onnx_metadata import EDIT_ID, write_metadata
 from excise.serve.onnx_runtime import OnnxRuntime
 from excise.serve.runtime import Request
@@ -215,6 +215,8 @@ def test_a_manifest_that_names_another_edit_is_a_problem(exported: Path, edit: E
 def test_provenance_of_pytorch(tiny_model: Path, edit: Edit, edit_file: Path, exported: Path) -> None:
     found = provenance(parse_runtime(f"t=torch:{tiny_model}?dtype=float16"))
     assert (found.edit, found.manifest, found.intact) == (None, None, None)
+    assert found.files == hash_folder(tiny_model)
+    assert provenance(parse_runtime(f"o=onnx:{exported}")).files is None
     assert found.precision == {"text_encoder": "float16", "unet": "float16", "vae": "float16"}
     named = edit_file.as_posix().replace("+", "%2B")
     for text in (f"t=torch:{tiny_model}?edit={named}", f"o=onnx:{exported}?edit={named}"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from excise.errors import Draining, ExciseError, PromptTooLong
-from excise.serve.engine import Image, ImageRequest, Load, OnJobStep, Served, ServedEdit
+from excise.serve.engine import Failures, Image, ImageRequest, Load, OnJobStep, Served, ServedEdit
 
 #: Height and width differ, so that a test sees them swapped.
 SHAPE = (16, 24, 3)
@@ -73,7 +73,8 @@ class FakeEngine:
             "c3" * 32,
             {"weapons": ("gun", "knife"), "style": ("a style",), "base": ()},
         )
-        self.load = Load(waiting=3, running=2, steps=10, batched=25, seconds=1.5)
+        failed = Failures(model_error=4, deadline=3, cancelled=2)
+        self.load = Load(waiting=3, running=2, steps=10, batched=25, seconds=1.5, failed=failed)
 
     def submit(self, request: ImageRequest, *, on_step: OnJobStep | None = None) -> FakeJob:
         if self.draining:

@@ -21,7 +21,7 @@ from excise.editfile import Edit
 from excise.errors import ArtefactError, DeadlineExceeded, Draining, PromptTooLong, QueueFull, UsageError
 from excise.serve.batch_engine import BatchEngine
 from excise.serve.batch_job import BatchJob
-from excise.serve.engine import Engine, ImageRequest, Job, Load, OnJobStep
+from excise.serve.engine import Engine, Failures, ImageRequest, Job, Load, OnJobStep
 from excise.serve.onnx_runtime import OnnxRuntime
 from excise.serve.runtime import Request
 from excise.serve.schedulers import scheduler_from_config
@@ -296,7 +296,57 @@ def test_a_lone_request_that_fails_is_not_tried_again(engine: BatchEngine, runti
         ask(engine, 1).future.result(PATIENCE)
     assert runtime.batches == [[1]]
     assert engine.drain(PATIENCE)
-    assert engine.load == Load(0, 0, 0, 0, 0.0)
+    assert engine.load == Load(0, 0, 0, 0, 0.0, Failures(model_error=1))
+
+
+def test_images_that_are_not_made_are_counted_once_by_their_reason(
+    engine: BatchEngine, runtime: FakeRuntime, clock: Clock
+) -> None:
+    ask(engine, 0, steps=1)
+    runtime.at_step()
+    running = [ask(engine, 1), ask(engine, 2, deadline=5.0), ask(engine, 3)]
+    runtime.go()
+    assert runtime.at_step() == [1, 2, 3]
+    assert engine.load.failed == Failures(), "an image that was made is no failure"
+    ask(engine, 4, deadline=5.0)  # while it waits
+    waiting = ask(engine, 5)
+    running[0].cancel()
+    waiting.cancel()
+    clock.now += 6.0
+    runtime.go()
+    assert runtime.at_step() == [3]
+    runtime.poison[3] = ArtefactError("the UNet failed")
+    runtime.go(1000)
+    # a batch that fails is no failure of those that can be made alone
+    assert engine.drain(PATIENCE)
+    assert engine.load.failed == Failures(model_error=1, deadline=2, cancelled=2)
+    running[2].cancel()  # finished: nothing happens
+    with pytest.raises(Draining):
+        ask(engine, 6)  # refused, not taken
+    assert engine.load.failed == Failures(model_error=1, deadline=2, cancelled=2)
+
+
+def test_a_batch_that_fails_counts_only_those_that_fail_alone(engine: BatchEngine, runtime: FakeRuntime) -> None:
+    ask(engine, 0, steps=1)
+    runtime.at_step()
+    for seed in (1, 2, 3):
+        ask(engine, seed)
+    runtime.poison[2] = RuntimeError("out of memory")
+    runtime.go(1000)
+    assert engine.drain(PATIENCE)
+    assert engine.load.failed == Failures(model_error=1)
+
+
+def test_what_a_closed_engine_leaves_is_counted(engine: BatchEngine, runtime: FakeRuntime) -> None:
+    jobs = [ask(engine, 1)]
+    runtime.at_step()
+    jobs += [ask(engine, seed) for seed in (2, 3)]
+    jobs[1].cancel()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    runtime.go(1000)
+    closing.join(PATIENCE)
+    assert engine.load.failed == Failures(cancelled=1, stopped=2)
 
 
 def test_images_that_are_missing_are_an_error_and_nobody_waits_for_ever(

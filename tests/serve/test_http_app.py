@@ -450,6 +450,11 @@ def test_metrics() -> None:
         "excise_unet_calls_total 10.0",
         "excise_unet_images_total 25.0",
         "excise_unet_seconds_total 1.5",
+        'excise_images_failed_total{reason="model_error"} 4.0',
+        'excise_images_failed_total{reason="deadline"} 3.0',
+        'excise_images_failed_total{reason="cancelled"} 2.0',
+        'excise_images_failed_total{reason="stopped"} 0.0',
+        "# TYPE excise_images_failed_total counter",
         "excise_ready 1.0",
     ):
         assert line in found.splitlines(), line
