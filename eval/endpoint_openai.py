@@ -3,7 +3,8 @@
 Sent for each image: ``prompt``, ``n`` = 1, ``response_format`` = ``b64_json``, ``model`` where it was named, ``size``
 where the request names one or the runtime does, and the extensions ``seed``, ``num_inference_steps``,
 ``guidance_scale`` and ``negative_prompt``, without which nothing could be compared. Read: ``data[0].b64_json``, a PNG,
-WebP or JPEG image (of which JPEG loses detail).
+WebP or JPEG image (of which JPEG loses detail). ``GET {URL}/v1/models`` is asked once for the edit and the manifest
+that excise's own server tells there; others tell neither.
 Source: OpenAI's API reference, "Create image"; the extensions are those of servers of open models.
 """
 
@@ -21,7 +22,7 @@ from excise.eval.endpoint_http import Endpoint, Session
 from excise.eval.endpoint_runtime import EndpointRuntime, Images
 from excise.serve.runtime import Request
 
-PATH = "/v1/images/generations"
+PATH, MODELS = "/v1/images/generations", "/v1/models"
 _READ = ("PNG", "WEBP", "JPEG")
 
 
@@ -69,6 +70,24 @@ class OpenAIRuntime(EndpointRuntime):
             },
         )
         return [_image(answer, self.endpoint.url)]
+
+
+def served_edit(endpoint: Endpoint, model: str | None) -> tuple[str | None, str | None]:
+    """The ids of the edit and of the manifest that a server names beside its model; None where it names none.
+
+    Args:
+        model: the server's name for it; None is the first one that it lists.
+
+    Raises:
+        UsageError, ArtefactError: nothing answers there, or not with JSON.
+    """
+    with endpoint.session() as session:
+        listed = (session.get(MODELS) or {}).get("data")
+    entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    entry = next((one for one in entries if model is None or one.get("id") == model), {})
+    edit, manifest = entry.get("edit"), entry.get("manifest")
+    identity = edit.get("edit_id") if isinstance(edit, dict) else None
+    return identity if isinstance(identity, str) else None, manifest if isinstance(manifest, str) else None
 
 
 def _image(answer: dict[str, object], url: str) -> Images:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from excise.editfile import load_edit
 from excise.errors import UsageError
+from excise.eval import endpoint_openai, endpoint_triton
 from excise.eval.endpoint_openai import OpenAIRuntime
-from excise.eval.endpoint_triton import TritonRuntime, served_edit
+from excise.eval.endpoint_triton import TritonRuntime
 from excise.eval.evaluation import Provenance
 from excise.eval.output_filters import check_output_filter, open_output_filter
 from excise.eval.runtime_spec import RuntimeSpec, parse_runtime, parse_runtimes
@@ -149,9 +150,10 @@ def provenance(spec: RuntimeSpec) -> Provenance:
         UsageError: a server can't be reached.
     """
     if spec.kind == "triton":
-        return Provenance(edit=served_edit(spec.endpoint, spec.place.rpartition("/")[2]))
+        return Provenance(edit=endpoint_triton.served_edit(spec.endpoint, spec.place.rpartition("/")[2]))
     if spec.kind == "openai":
-        return Provenance()
+        edit, manifest_id = endpoint_openai.served_edit(spec.endpoint, spec.options.get("model"))
+        return Provenance(edit=edit, manifest=manifest_id)
     folder = Path(spec.place)
     file = folder / NAME
     manifest = read_manifest(folder) if file.is_file() else None

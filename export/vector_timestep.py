@@ -57,6 +57,10 @@ def vector_timestep_folder(
         raise ArtefactError(f"{folder} has no {_FILE}: name a folder that excise export wrote")
     if hash_file(folder / _FILE) != manifest.files[_FILE].sha256:
         raise ArtefactError(f"{folder / _FILE} was altered: its SHA-256 isn't the manifest's; export again")
+    # What is linked isn't hashed here; a file that was cut off or replaced shows in its size.
+    for path, entry in manifest.files.items():
+        if (folder / path).is_file() and (folder / path).stat().st_size != entry.size:
+            raise ArtefactError(f"{folder / path} was altered: it isn't as long as the manifest says; export again")
     graph = Graph(folder / _FILE)
     _add_dimension(graph)
     files = {path: entry for path, entry in manifest.files.items() if path not in _ENGINE}

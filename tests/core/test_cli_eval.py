@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -366,3 +368,41 @@ def test_a_sweep_that_cannot_run(
     assert main(["eval", "demo-weapons", *base, *change]) == 2
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of ``excise serve run`` on a folder."""
+    command = [sys.executable, "-m", "excise", "serve", "run", str(folder), "--port", "0", "--threads", "1"]
+    with subprocess.Popen([*command, "--with-base"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            yield next(word for line in process.stderr for word in line.split() if word.startswith("http://"))
+        finally:
+            process.terminate()
+            process.stderr.read()
+
+
+@pytest.mark.parametrize(("artefact", "status"), [("onnx", 0), ("plain", 1)], ids=["right", "unedited"])
+def test_what_a_server_answers_is_decided_on(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], artefact: str, status: int
+) -> None:
+    """The whole chain on the artefact that is served: edit, export, serve, ask by HTTP, decide."""
+    pytest.importorskip("uvicorn")
+    policy = "\n".join(line for line in POLICY.splitlines() if "kind: provenance" not in line)
+    (tmp_path / "policy.yaml").write_text(policy)
+    torch = runtimes(made)[:4]
+    with served(made / artefact) as url:
+        endpoints = ("--runtime", f"openai=openai:{url}", "--runtime", f"kserve=triton:{url}/{artefact}?batch_size=3")
+        command = ["eval", "demo-weapons", *torch, *endpoints, "--out", str(tmp_path / "run"), *FEW]
+        assert main([*command, "--policy", str(tmp_path / "policy.yaml")]) == status, capsys.readouterr()
+    (record,) = read_evaluation(tmp_path / "run").protocols
+    edits = {one.name: one.provenance.edit for one in record.runtimes}
+    assert edits["edited"] is not None
+    assert (edits["openai"] == edits["kserve"] == edits["edited"]) == (status == 0)
+    for name in ("openai", "kserve"):
+        compared = record.comparison("edited", name)
+        assert compared is not None
+        moved = compared.measures["relative_to_edit"].value
+        assert moved is not None
+        assert (moved < 0.01) == (status == 0)

@@ -185,11 +185,34 @@ def test_keys_tls_and_a_second_signal(cache: Path, tmp_path: Path) -> None:
     assert "Traceback" not in "".join(server.lines)
 
 
+def test_a_policy_says_what_a_key_may_choose(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(f"# one a line\n{KEY} studio\n{KEY}2\n{KEY}3 guest\n")
+    (tmp_path / "tenants.yaml").write_text("format: 1\ndefault: [weapons]\ntenants:\n  studio: [gun, weapons]\n")
+    options = ["--api-key-file", str(tmp_path / "keys.txt"), "--policy", str(tmp_path / "tenants.yaml")]
+    with started(cache, *options) as server, httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+        warning = "warning: --policy doesn't list tenant 'guest' of the API keys: it may choose weapons"
+        assert f"excise: {warning}" in server.lines
+        assert client.get("/v1/models").status_code == 401
+        for key, names in ((KEY, ["demo", "demo@gun", "demo@weapons"]), (f"{KEY}2", ["demo", "demo@weapons"])):
+            client.headers["authorization"] = f"Bearer {key}"
+            assert [one["id"] for one in client.get("/v1/models").json()["data"]] == names
+            asked = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 1}
+            assert client.post(IMAGES, json=asked).json()["edit"] == (names[1].partition("@")[2])
+            refused = client.post(IMAGES, json={**asked, "edit": "base"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "edit_not_allowed")
+        server.signal()
+        assert server.wait() == 0
+    assert KEY not in "".join(server.lines)
+
+
 def test_what_cannot_be_served_is_one_line(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    for name, text in (("empty", "# none\n"), ("short", "abc\n"), ("pem", "no certificate"), ("audit", "")):
+    for name, text in (
+        *(("empty", "# none\n"), ("short", "abc\n"), ("pem", "no certificate"), ("audit", "")),
+        *(("cats.json", '{"default": ["cats"]}'), ("nobody.json", '{"tenants": {"studio": ["gun"]}}')),
+    ):
         (tmp_path / name).write_text(text)
     pem, run = str(tmp_path / "pem"), ["serve", "run", "--port", "0"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -205,6 +228,9 @@ def test_what_cannot_be_served_is_one_line(
             "holds no key: write one a line": [*run, "demo", "--api-key-file", str(tmp_path / "empty")],
             "an API key has 3 characters": [*run, "demo", "--api-key-file", str(tmp_path / "short")],
             "--api-key-file": [*run, "demo", "--api-key-file", str(tmp_path / "none")],
+            "none.json doesn't exist": [*run, "demo", "--policy", str(tmp_path / "none.json")],
+            "the policy names edit 'cats', which": [*run, "demo", "--policy", str(tmp_path / "cats.json")],
+            "--policy: no client may choose any edit: give": [*run, "demo", "--policy", str(tmp_path / "nobody.json")],
             "--deadline: Input should be greater than 0": [*run, "demo", "--deadline", "-1"],
             "--edit-name gun=": [*run, "demo", "--edit-name", "gun"],
             "default edit 'cat': choose one of weapons, gun, base": [*run, "demo", "--default-edit", "cat"],

@@ -17,6 +17,7 @@ from excise.editfile import Edit, load_edit, save_edit
 from excise.errors import ArtefactError, EditError, ExciseError, ModelError, UsageError
 from excise.eval.endpoint_openai import OpenAIRuntime
 from excise.eval.endpoint_triton import TritonRuntime
+from excise.eval.evaluation import Provenance
 from excise.eval.runtimes import (
     check_runtime,
     open_runtime,
@@ -226,7 +227,21 @@ def test_provenance_of_pytorch(tiny_model: Path, edit: Edit, edit_file: Path, ex
 
 def test_provenance_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    assert provenance(parse_runtime("o=openai:http://host")).edit is None
+    listed = [
+        {"id": "sd", "edit": {"edit_id": "ab"}, "manifest": "cd"},
+        {"id": "sd:base", "edit": {"edit_id": None}, "manifest": "cd"},
+        {"id": "gpt-image-1"},
+    ]
+    with fake_endpoint(lambda _: Answer({"object": "list", "data": listed})) as server:
+        for query, found_there in (
+            ("", ("ab", "cd")),
+            ("?model=sd:base", (None, "cd")),
+            ("?model=other", (None, None)),
+        ):
+            found = provenance(parse_runtime(f"o=openai:{server.url}{query}"))
+            assert (found.edit, found.manifest) == found_there
+    with fake_endpoint(lambda _: Answer({"object": "list", "data": [{"id": "gpt-image-1"}]})) as server:
+        assert provenance(parse_runtime(f"o=openai:{server.url}")) == Provenance()
     parameters = {"excise.edit_id": {"string_value": "ab"}}
     with fake_endpoint(lambda _: Answer({"parameters": parameters})) as server:
         found = provenance(parse_runtime(f"s=triton:{server.url}/sd"))

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def command_in(error: BaseException) -> Sequence[str]:
     """The command that a message names."""
-    found = re.search(r"excise engines .* --out \S+?(?=,)", str(error))
+    found = re.search(r"excise engines .*(?=, and name that folder$)", str(error))
     assert found is not None, str(error)
     return shlex.split(found[0])
 
@@ -219,14 +219,16 @@ def test_messages_name_the_folder_that_was_given(
     excise("engines", served, "--library", "tensorrt", "--out", folder)
     options = tmp_path / "engines.yaml"
     options.write_text("optimization_level: 1\n")
-    cases: list[tuple[type[ExciseError], str, tuple[object, ...]]] = [
-        (OutputError, "built with other options", ("--options", options)),
-        (ArtefactError, "vae_decoder/model.onnx was altered", ()),
+    cases: list[tuple[type[ExciseError], str, tuple[object, ...], Callable[[bytes], bytes]]] = [
+        (OutputError, "built with other options", ("--options", options), bytes),
+        (ArtefactError, "vae_decoder/model.onnx was altered", (), lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        (ArtefactError, "vae_decoder/model.onnx was altered", (), lambda data: data[:-1]),
     ]
-    for kind, message, more in cases:
+    for kind, message, more, change in cases:
         if kind is ArtefactError:
+            sound = (folder / "vae_decoder/model.onnx").read_bytes()
             (folder / "vae_decoder/model.onnx").unlink()
-            (folder / "vae_decoder/model.onnx").write_bytes(b"another")
+            (folder / "vae_decoder/model.onnx").write_bytes(change(sound))
         with pytest.raises(kind) as caught:
             excise("engines", folder, "--for-triton", "--out", out, *more)
         text = str(caught.value) + capsys.readouterr().err
