@@ -13,16 +13,19 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from excise.errors import ArtefactError
+from excise.errors import ArtefactError, UsageError
 from excise.eval.endpoint_http import Endpoint, Session
 from excise.eval.endpoint_runtime import EndpointRuntime, Images
 from excise.serve.runtime import Request
 
 PATH, MODELS = "/v1/images/generations", "/v1/models"
+#: Seconds that a list of models may take.
+LONGEST_ANSWER = 10.0
 _READ = ("PNG", "WEBP", "JPEG")
 
 
@@ -75,14 +78,17 @@ class OpenAIRuntime(EndpointRuntime):
 def served_edit(endpoint: Endpoint, model: str | None) -> tuple[str | None, str | None]:
     """The ids of the edit and of the manifest that a server names beside its model; None where it names none.
 
+    It is asked once: servers of this API needn't have a list, and a run whose images are all there needs no server.
+
     Args:
         model: the server's name for it; None is the first one that it lists.
-
-    Raises:
-        UsageError, ArtefactError: nothing answers there, or not with JSON.
     """
-    with endpoint.session() as session:
-        listed = (session.get(MODELS) or {}).get("data")
+    once = replace(endpoint, retries=0, timeout=min(endpoint.timeout, LONGEST_ANSWER))
+    try:
+        with once.session() as session:
+            listed = (session.get(MODELS) or {}).get("data")
+    except (UsageError, ArtefactError):
+        return None, None
     entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     entry = next((one for one in entries if model is None or one.get("id") == model), {})
     edit, manifest = entry.get("edit"), entry.get("manifest")
