@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PANEL: Final = 1.25
 #: Figures that are drawn: so many of what is counted, and one of each of the others, of the kept prompts if it can be.
 _MOST_COUNTED: Final = 2
-_OTHERS: Final = ("clip_score", "fid", "lpips")
+_OTHERS: Final = ("clip_score", "fid", "lpips", "psnr")
 _LABELS: Final = {"epochs": "epochs of RECE", "ridge": "λ of RECE's eq. 8"}
 
 

@@ -44,7 +44,7 @@ def record(sweep: bool = True, **shares: float) -> ProtocolRecord:
 
 
 def test_the_figures_are_what_is_erased_and_what_is_kept() -> None:
-    assert sweep_figures(record()) == ("detected.top1", "clip_score.kept", "fid.kept")
+    assert sweep_figures(record()) == ("detected.top1", "clip_score.kept", "fid.kept", "psnr.kept")
     assert sweep_figures(record(sweep=False)) == ()
 
 
