@@ -22,7 +22,7 @@ from excise.demo.table_rows import ARTIST_ROWS, BUDGETS, ROWS, Row
 from excise.demo.table_text import table_document, table_text
 from excise.demo.vocabulary import ARTISTS, KEPT, OBJECTS, WEAPONS, caption
 from excise.edit.made_edits import MadeEdits, Solve, made_edits
-from excise.edit.recipe import Recipe, resolve
+from excise.edit.recipe import Recipe, resolve, unread_by
 from excise.errors import UsageError
 from excise.eval.attack_report import AttackReport, write_attack_report
 from excise.eval.attack_run import AttackRun, run_attacks
@@ -83,11 +83,11 @@ def demo_table(table: DemoTable) -> tuple[dict[str, Any], str]:
         ArtefactError: an edit that is there isn't the one that its row asks for.
         ExciseError: as the parts raise.
     """
-    made = _edits(table, "weapons", table.rows, ROWS)
+    made = table_edits(table, "weapons", table.rows, ROWS)
     evaluation = _evaluation(table, "evaluation", "demo-weapons", {}, table.rows, ROWS, made.files)
     artist = None
     if table.artist_rows:
-        of_artist = _edits(table, "artist", table.artist_rows, ARTIST_ROWS).files
+        of_artist = table_edits(table, "artist", table.artist_rows, ARTIST_ROWS).files
         chosen = {"erased": ARTIST}
         artist = _evaluation(table, "artist", "demo-artist", chosen, table.artist_rows, ARTIST_ROWS, of_artist)
     attacked = {
@@ -101,8 +101,17 @@ def demo_table(table: DemoTable) -> tuple[dict[str, Any], str]:
     return document, text
 
 
-def _edits(table: DemoTable, subject: str, names: Sequence[str], rows: Mapping[str, Row]) -> MadeEdits:
-    """The edit files by row, and the seconds that each took."""
+def table_edits(table: DemoTable, subject: str, names: Sequence[str], rows: Mapping[str, Row]) -> MadeEdits:
+    """The edit files by row, and the seconds that each took.
+
+    Args:
+        subject: ``weapons`` or ``artist``.
+        names: some of ``rows``.
+
+    Raises:
+        ArtefactError: an edit that is there isn't the one that its row asks for.
+        ExciseError: as ``table.solve`` raises.
+    """
     recipes = {name: _recipe(subject, rows[name]) for name in names if rows[name].overrides is not None}
     return made_edits(
         table.folder / "edits" / subject, recipes, table.solve, lambda message: table.say(f"{subject}: {message}")
@@ -119,8 +128,10 @@ def _recipe(subject: str, row: Row) -> Recipe:
         erased |= {caption(style, artist=ARTIST, object=name): plain for style in styles}
     kept = ["", *(caption("{a} {object}", object=name) for name in OBJECTS)]
     kept += [caption(styles[0], artist=other, object=name) for other in ARTISTS if other != ARTIST for name in OBJECTS]
-    overrides = {"erase": list(erased), "to": list(erased.values()), "keep": kept}
-    return resolve("weapons", None, {**overrides, **(row.overrides or {})})
+    overrides = {"erase": list(erased), "to": list(erased.values()), "keep": kept, **(row.overrides or {})}
+    if "to" in unread_by(str(overrides.get("method", "rece"))):
+        overrides["to"] = [" "]  # none: neither what the style's names become nor the preset's
+    return resolve("weapons", None, overrides)
 
 
 def _spec(name: str, row: Row, edit: Path | None) -> RuntimeSpec:
