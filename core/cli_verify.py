@@ -35,9 +35,7 @@ _texts: dict[str, Any] = {"multiple": True, "metavar": "TEXT"}
 @click.option("--max-to-move", type=float, help="Error allowed, relative to how far the edit moved the output.")
 @click.option("--max-relative", type=float, help="Error allowed, relative to the output; where that is more.")
 @click.option("--end-to-end", is_flag=True, help="Judge latents and images alone, not single components.")
-@click.option(
-    "--components", is_flag=True, help="Compare single components alone, without a loop: SDXL, SD 3 and Flux too."
-)
+@click.option("--components", is_flag=True, help="Compare single components alone, without a loop: SD 3 and Flux too.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write report.json, a picture and reproduce.sh here.")
 @json_option
 def verify(
@@ -69,15 +67,16 @@ def verify(
     The tolerances depend on the precision; fp16 hides an error in a single small layer that fp32 shows. Use
     --end-to-end where the edit sits in another component of B than of A, as after excise fuse.
 
-    The loop is that of Stable Diffusion 1 and 2. With --components every family that excise exports is compared: text
-    encoders, denoiser and VAE decoder, of torch:DIR against onnx:DIR. What isn't compared is printed.
+    The loop is that of Stable Diffusion 1, 2 and XL. With --components every family that excise exports is compared:
+    text encoders, denoiser and VAE decoder, of torch:DIR against onnx:DIR. What isn't compared is printed.
 
     \b
     Examples:
       excise verify "SD_FOLDER?edit=nudity.safetensors" sd-onnx --base SD_FOLDER --edit nudity.safetensors
       excise verify sd-safe "onnx:sd-onnx?provider=cuda" --base SD_FOLDER --erased nudity --kept "a person"
       excise verify onnx:sd-onnx onnx:sd-onnx-fp16 --base onnx:sd-onnx-base --out parity --json
-      excise verify "torch:XL?edit=nudity.safetensors" onnx:xl-onnx --base torch:XL --components
+      excise verify "torch:XL?edit=nudity.safetensors" onnx:xl-onnx --base torch:XL --edit nudity.safetensors
+      excise verify "torch:FLUX?edit=nudity.safetensors" onnx:flux-onnx --base torch:FLUX --components
     """
     from excise.editfile import load_edit
     from excise.output import check_free

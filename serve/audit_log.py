@@ -3,9 +3,9 @@
     {"time": "2026-01-31T12:00:00.123Z", "request_id", "key", "protocol", "model", "edit", "edit_id", "seed", "steps",
      "guidance_scale", "verdict", "outcome", "status"}
 
-``key`` is the beginning of the SHA-256 of the client's API key. ``prompt`` and ``negative_prompt`` are there only if
-the operator chose so. The file is only ever appended to; one that was renamed or removed is opened anew at the next
-line, so that it can be rotated without a signal.
+``key`` is the beginning of the SHA-256 of the client's API key, and ``tenant`` is there if the key belongs to one.
+``prompt`` and ``negative_prompt`` are there only if the operator chose so. The file is only ever appended to; one that
+was renamed or removed is opened anew at the next line, so that it can be rotated without a signal.
 """
 
 from __future__ import annotations

@@ -79,6 +79,8 @@ class TritonPythonModel:
         for member in members:
             if member.reply.outcome == "images":
                 self._count("excise_images_total", len(member.asked.requests))
+            elif self._metrics is not None:
+                self._metrics.images_failed(member.reply.outcome, len(member.asked.requests))
         for outcome in ("failed", "cancelled"):
             self._count(f"excise_{outcome}_total", sum(reply.outcome == outcome for reply in replies))
         return None if self._decoupled else [reply.response for reply in replies]

@@ -75,7 +75,7 @@ def build(
         UsageError: The unedited model would be served without ``with_base``, a name or the policy doesn't fit, or the
             model is none that a repository serves.
         ArtefactError: ``folder`` is incomplete or altered, lacks an engine that the backend needs, or has a network
-            with a scalar input, which Triton doesn't take (``excise.export.vector_timestep``).
+            with a scalar input, which Triton doesn't take (``excise engines --for-triton``).
         OutputError: ``out`` holds something, or can't be written.
     """
     say, options = progress or _silent, options or TritonOptions()

@@ -131,7 +131,10 @@ def network_signature(onnx: Path, name: str, backend: Backend) -> Signature:
     engine = onnx / name / ENGINE
     entry = read_engine(engine)
     if entry.library != "tensorrt":
-        raise UsageError(f"{engine} is TensorRT-RTX's, which Triton doesn't load: build it with --engine tensorrt")
+        raise UsageError(
+            f"{engine} is TensorRT-RTX's, which Triton doesn't load: build it with excise engines ONNX_DIR "
+            "--for-triton --out ENGINES"
+        )
     if problems := check_engine(engine):
         raise ArtefactError(problems[0])
     return Signature(dict(entry.inputs), dict(entry.outputs))

@@ -132,7 +132,7 @@ class Metric:
 
 
 class MetricFamily:
-    """Values of one name."""
+    """Values of one name; ``made`` holds them by it, and by ``NAME{REASON}`` where they differ by a reason."""
 
     COUNTER, GAUGE = "counter", "gauge"
     made: ClassVar[dict[str, Metric]] = {}
@@ -143,8 +143,9 @@ class MetricFamily:
         assert kind in (self.COUNTER, self.GAUGE)
 
     def Metric(self, *, labels: Mapping[str, str]) -> Metric:
-        self.made[self._name] = Metric(labels)
-        return self.made[self._name]
+        name = f"{self._name}{{{labels['reason']}}}" if "reason" in labels else self._name
+        self.made[name] = Metric(labels)
+        return self.made[name]
 
 
 class Logger:

@@ -213,6 +213,19 @@ def test_cancelled_requests_leave_the_batch(model: TritonPythonModel, monkeypatc
     assert sizes == [2]
 
 
+def test_images_that_the_model_does_not_make_are_counted(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    model = loaded(repository, canary="off")
+    monkeypatch.setattr(OnnxRuntime, "start", broken)
+    model.execute([asked(PROMPT=["a", "b"], NUM_INFERENCE_STEPS=[3, 3]), asked()])
+    values = {name: metric.value for name, metric in MetricFamily.made.items()}
+    assert values["excise_images_failed_total{model_error}"] == 3
+    assert values["excise_failed_total"] == 2, "requests"
+    assert values["excise_images_total"] == 0
+
+
 @pytest.mark.parametrize(("output", "tensor"), [("images", "IMAGES"), ("latents", "LATENTS")])
 def test_previews_are_streamed(repository: Path, output: str, tensor: str) -> None:
     model = loaded(repository, decoupled=True, canary="off", stream_every="2", stream_output=output)
@@ -239,6 +252,8 @@ def test_metrics_count(repository: Path) -> None:
     assert values["excise_images_total"] == 2
     assert values["excise_failed_total"] == 1
     assert values["excise_cancelled_total"] == 1
+    assert values["excise_images_failed_total{model_error}"] == 0, "a request that can't be read is the client's"
+    assert values["excise_images_failed_total{cancelled}"] == 1
     assert values["excise_unet_steps_total"] == 3
     assert values["excise_image_steps_total"] == 3 + 2 + 2
     assert values["excise_canary_runs_total"] == values["excise_canary_ok"] == 1
