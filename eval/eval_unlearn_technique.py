@@ -116,6 +116,8 @@ class ExciseTechnique:
         if self.options.truncate:
             limit = self.runtime.tokenizer.max_length
             self.runtime.tokenizer = CuttingTokenizer(folder / "tokenizer", max_length=limit)
+            if self.runtime.tokenizer_2 is not None:
+                self.runtime.tokenizer_2 = CuttingTokenizer(folder / "tokenizer_2", max_length=limit)
         self._asked = 0
         say(f"judging {folder} in ONNX Runtime ({self.options.provider}), edit {self.edit_id or 'none'}")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from excise.errors import UsageError
 from excise.eval.cases import Case
 from excise.eval.runtime_spec import RuntimeSpec
+from excise.serve.latent_shape import halvings, latent_shape
 from excise.serve.onnx_component import read_config
-from excise.serve.onnx_runtime import halvings, latent_shape
 from excise.serve.onnx_signature import read_signature
 
 Size = tuple[int, int]  #: (height, width) in pixels

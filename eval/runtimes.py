@@ -38,7 +38,7 @@ __all__ = [
 BATCH_SIZE = 8
 
 #: The components of an ONNX folder that can carry an edit.
-_CARRIERS = ("unet", "text_encoder")
+_CARRIERS = ("unet", "text_encoder", "text_encoder_2")
 
 
 def check_runtime(spec: RuntimeSpec) -> None:

@@ -1,9 +1,10 @@
-"""A diffusers Stable Diffusion pipeline as a ``serve.runtime.Runtime``: the reference for every other runtime.
+"""A diffusers Stable Diffusion pipeline, 1, 2 or XL, as a ``serve.runtime.Runtime``: the reference for every other one.
 
 What is fixed here so that another runtime can do exactly the same:
 
 - the initial latents are ``initial_latents``; the pipeline itself multiplies them by ``scheduler.init_noise_sigma``;
 - an image has the pipeline's own size unless the request names another, in multiples of 8 pixels;
+- SDXL is told that an image was neither scaled nor cut, and an empty negative prompt is none (``OnnxRuntime``);
 - prompts are padded to the tokenizer's maximal length, and a longer prompt is refused instead of cut;
 - the image is ``vae.decode(latents / scaling_factor)``, mapped to [0, 1], clipped, times 255 and rounded; no safety
   checker ever replaces it.
@@ -19,29 +20,44 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from excise.errors import PromptTooLong, UsageError
+from excise.errors import ModelError, PromptTooLong, UsageError
 from excise.serve.denoising import Denoising, OnStep, check_requests
 from excise.serve.guidance import CLASSIFIER_FREE, Guidance
 from excise.serve.runtime import Progress, Request, initial_latents, requested_size
 from excise.serve.schedulers import scheduler_from_config
+from excise.serve.text_conditioning import TextConditioning, time_ids
+from excise.serve.text_requests import RequestTexts, request_texts
 
 
 class TorchRuntime:
-    """Images of a ``StableDiffusionPipeline``, or of anything that is called and built like one.
+    """Images of a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or of anything built like one.
 
     Args:
         pipeline: with ``tokenizer``, ``text_encoder``, ``unet``, ``vae``, ``scheduler`` and ``image_processor``, on the
-            device and in the precision to run with. Its progress bars are switched off.
+            device and in the precision to run with; SDXL's has a ``tokenizer_2`` and a ``text_encoder_2``, too. Its
+            progress bars are switched off.
         name: as in reports.
         batch_size: images denoised together (twice as many samples with guidance).
         guidance: how a prompt, its negative prompt and a concept to stay away from guide the denoising. Another than
             the pipeline's own is computed by ``Denoising``, the loop of the runtimes without PyTorch.
+
+    Raises:
+        UsageError: ``batch_size`` is below 1.
+        ModelError: the pipeline is SDXL's refiner, or its VAE's latents are normalised.
     """
 
     def __init__(self, pipeline: Any, *, name: str, batch_size: int = 32, guidance: Guidance = CLASSIFIER_FREE) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, not {batch_size}")
         self.name, self.pipeline, self.batch_size, self.guidance = name, pipeline, batch_size, guidance
+        #: Whether the pipeline is SDXL, with two text encoders and one vector a prompt.
+        self.is_xl = getattr(pipeline, "text_encoder_2", None) is not None
+        if self.is_xl and pipeline.config.get("requires_aesthetics_score"):
+            raise ModelError(
+                f"{name} is SDXL's refiner, which starts from another model's latents: name the base model"
+            )
+        if pipeline.vae.config.get("latents_mean") is not None:
+            raise ModelError(f"{name}: its VAE has latents_mean: latents that are normalised aren't supported here")
         pipeline.set_progress_bar_config(disable=True)
         sample_size = pipeline.unet.config.sample_size
         height, width = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
@@ -62,7 +78,7 @@ class TorchRuntime:
         """Images as uint8 with shape (n, height, width, 3), in the order of the requests.
 
         ``progress`` counts the steps of all batches together. ``prompt_embeds``, with shape (n, tokens, d), take the
-        place of what the text encoder gives for the prompts.
+        place of what the text encoder gives for the prompts; SDXL's vectors stay the prompts'.
 
         Raises:
             PromptTooLong: a prompt or negative prompt has more tokens than the text encoder reads.
@@ -131,14 +147,9 @@ class TorchRuntime:
                 on_step(_numpy(tensors["latents"]))
             return tensors
 
-        text: dict[str, Any] = {"prompt": [request.prompt for request in batch]}
-        if prompt_embeds is not None:
-            unet = self.pipeline.unet
-            text = {"prompt_embeds": torch.from_numpy(prompt_embeds).to(unet.device, unet.dtype)}
         height, width = self._size(batch)
         output = self.pipeline(
-            **text,
-            negative_prompt=[request.negative_prompt for request in batch],
+            **self._texts(batch, prompt_embeds),
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -148,6 +159,38 @@ class TorchRuntime:
             callback_on_step_end=step_done,
         )
         return _numpy(output.images)
+
+    def _texts(self, batch: Sequence[Request], prompt_embeds: npt.NDArray[np.float32] | None) -> dict[str, Any]:
+        """What the pipeline is called with for the prompts of a batch."""
+        unet = self.pipeline.unet
+        if not self.is_xl:
+            text: dict[str, Any] = {"prompt": [request.prompt for request in batch]}
+            if prompt_embeds is not None:
+                text = {"prompt_embeds": torch.from_numpy(prompt_embeds).to(unet.device, unet.dtype)}
+            return {**text, "negative_prompt": [request.negative_prompt for request in batch]}
+        # Zeros for an empty negative prompt are the pipeline's for a whole batch alone, hence not by its own texts.
+        texts = self._conditions(batch, (), prompt_embeds)
+        given = {
+            "prompt_embeds": texts.prompts.embeds,
+            "pooled_prompt_embeds": texts.prompts.pooled,
+            "negative_prompt_embeds": texts.negative.embeds,
+            "negative_pooled_prompt_embeds": texts.negative.pooled,
+        }
+        return {name: torch.from_numpy(one).to(unet.device, unet.dtype) for name, one in given.items()}
+
+    def _conditions(
+        self, batch: Sequence[Request], guidance: Sequence[str], prompt_embeds: npt.NDArray[np.float32] | None
+    ) -> RequestTexts:
+        """What a batch's texts become, and those of the guidance."""
+        zeros = self.is_xl and self.pipeline.config.get("force_zeros_for_empty_prompt", True)
+        return request_texts(
+            batch,
+            guidance,
+            self.condition,
+            prompt_embeds=prompt_embeds,
+            pooled=self.is_xl,
+            zeros_for_empty_negative=zeros,
+        )
 
     def _denoise_guided(
         self,
@@ -162,21 +205,21 @@ class TorchRuntime:
         check_requests(batch, guidance_scale)
         scheduler = self.pipeline.scheduler
         denoising = Denoising(
-            lambda sample, timestep, states, edit_index=None: self.predict(sample, timestep, states),
+            lambda sample, timestep, states, edit_index=None, *, text_embeds=None: self.predict(
+                sample, timestep, states, text_embeds=text_embeds
+            ),
             scheduler_from_config({**scheduler.config, "_class_name": type(scheduler).__name__}),
             initial_latents(batch, self._latents_of(batch)),
-            self.encode([request.prompt for request in batch]) if prompt_embeds is None else prompt_embeds,
-            self.encode([request.negative_prompt for request in batch]),
+            self._conditions(batch, self.guidance.texts, prompt_embeds),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance=self.guidance,
-            guidance_embeds=list(self.encode(self.guidance.texts)),
         )
         return denoising.run(progress, on_step)
 
     def _check_embeds(self, prompt_embeds: npt.NDArray[np.float32] | None, requests: int) -> None:
-        config = self.pipeline.text_encoder.config
-        wanted = (requests, self.pipeline.tokenizer.model_max_length, config.hidden_size)
+        width = sum(encoder.config.hidden_size for _, encoder in self._encoders)
+        wanted = (requests, self.pipeline.tokenizer.model_max_length, width)
         if prompt_embeds is not None and prompt_embeds.shape != wanted:
             raise UsageError(f"prompt_embeds has shape {prompt_embeds.shape}: give {wanted}")
 
@@ -199,19 +242,46 @@ class TorchRuntime:
         Raises:
             PromptTooLong: a prompt has more tokens than the text encoder reads.
         """
+        return self.condition(prompts).embeds
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str]) -> TextConditioning:
+        """The same with SDXL's vectors. Raises as ``encode`` does."""
         for prompt in prompts:
             self._check_length(prompt)
-        states = self.pipeline.encode_prompt(list(prompts), self.pipeline.device, 1, False)[0]
-        return _numpy(states)
+        if not self.is_xl:
+            return TextConditioning(
+                _numpy(self.pipeline.encode_prompt(list(prompts), self.pipeline.device, 1, False)[0])
+            )
+        states, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.pipeline.device, do_classifier_free_guidance=False
+        )
+        return TextConditioning(_numpy(states), _numpy(pooled))
 
     @torch.no_grad()
     def predict(
-        self, sample: npt.NDArray[np.float32], timestep: float, encoder_hidden_states: npt.NDArray[np.float32]
+        self,
+        sample: npt.NDArray[np.float32],
+        timestep: float,
+        encoder_hidden_states: npt.NDArray[np.float32],
+        *,
+        text_embeds: npt.NDArray[np.float32] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """The UNet's output, float32 with the shape of ``sample`` (b, c, h, w), for text embeddings (b, t, d)."""
+        """The UNet's output, float32 with the shape of ``sample`` (b, c, h, w), for text embeddings (b, t, d).
+
+        SDXL's needs the prompts' vectors, ``text_embeds`` with shape (b, p); the image's size is that of ``sample``.
+        """
         unet = self.pipeline.unet
-        latents, states = (torch.from_numpy(one).to(unet.device, unet.dtype) for one in (sample, encoder_hidden_states))
-        return _numpy(unet(latents, torch.tensor(timestep), states, return_dict=False)[0])
+        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states}
+        if self.is_xl:
+            if text_embeds is None:
+                raise UsageError(f"{self.name} is SDXL: its UNet needs the prompts' vectors, give text_embeds")
+            height, width = (side * self.pipeline.vae_scale_factor for side in sample.shape[2:])
+            given |= {"text_embeds": text_embeds, "time_ids": time_ids(len(sample), height, width)}
+        tensors = {name: torch.from_numpy(one).to(unet.device, unet.dtype) for name, one in given.items()}
+        latents, states = tensors.pop("sample"), tensors.pop("encoder_hidden_states")
+        added = {"added_cond_kwargs": tensors} if self.is_xl else {}
+        return _numpy(unet(latents, torch.tensor(timestep), states, **added, return_dict=False)[0])
 
     @torch.no_grad()
     def decode_samples(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -231,15 +301,21 @@ class TorchRuntime:
         pixels: npt.NDArray[np.uint8] = np.round(images * 255).astype(np.uint8)
         return pixels
 
+    @property
+    def _encoders(self) -> list[tuple[Any, Any]]:
+        """Each text encoder behind its tokenizer."""
+        first = (self.pipeline.tokenizer, self.pipeline.text_encoder)
+        return [first, (self.pipeline.tokenizer_2, self.pipeline.text_encoder_2)] if self.is_xl else [first]
+
     def _check_length(self, prompt: str) -> None:
-        tokenizer = self.pipeline.tokenizer
-        limit = min(tokenizer.model_max_length, self.pipeline.text_encoder.config.max_position_embeddings)
-        # Not through tokenizer(prompt): that logs its own warning about an over-long prompt.
-        length = len(tokenizer.tokenize(prompt)) + tokenizer.num_special_tokens_to_add()
-        if length > limit:
-            raise PromptTooLong(
-                f"a prompt of {length} tokens, where the text encoder reads {limit}: shorten {_shown(prompt)}"
-            )
+        for tokenizer, encoder in self._encoders:
+            limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            # Not through tokenizer(prompt): that logs its own warning about an over-long prompt.
+            length = len(tokenizer.tokenize(prompt)) + tokenizer.num_special_tokens_to_add()
+            if length > limit:
+                raise PromptTooLong(
+                    f"a prompt of {length} tokens, where the text encoder reads {limit}: shorten {_shown(prompt)}"
+                )
 
 
 def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -233,7 +233,9 @@ def _check_base(side: Side, edit: Edit | None) -> None:
 
 def _check_alike(name: str, found: Outputs, reference: Outputs) -> None:
     """Raise ``UsageError`` unless a side's loop has the steps and shapes of the reference's."""
-    loop = [key for key in reference if key[0] in ("text_encoder", "latents", "images")]
+    loop = [key for key in reference if key[0] in ("text_encoder", "pooled_text", "latents", "images")]
+    if [key for key in found if key[0] == "pooled_text"] != [key for key in loop if key[0] == "pooled_text"]:
+        raise UsageError(f"one of A and {name} is SDXL, and the other one isn't: name exports of one model")
     if sorted(map(str, found)) != sorted(map(str, loop)):
         counts = [sum(key[0] == "latents" for key in keys) for keys in (loop, found)]
         raise UsageError(f"A takes {counts[0]} steps over all groups, {name} {counts[1]}: they have other schedulers")

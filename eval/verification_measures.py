@@ -19,10 +19,12 @@ from excise.eval.verification_sides import Comparable, Side
 from excise.serve.denoising import LARGEST_KEY
 from excise.serve.noise_schedule import Array, alphas_cumprod
 from excise.serve.runtime import Request
+from excise.serve.text_conditioning import TextConditioning
 
 #: The outputs that are compared, and whether each is of one component on given inputs or of the whole loop.
-OUTPUTS = {"text_encoder": "component", "denoiser": "component", "vae_decoder": "component", "latents": "loop"}
-OUTPUTS |= {"images": "loop"}
+#: ``text_encoder`` is the hidden states of all text encoders, ``pooled_text`` SDXL's one vector a prompt.
+OUTPUTS = {"text_encoder": "component", "pooled_text": "component", "denoiser": "component"}
+OUTPUTS |= {"vae_decoder": "component", "latents": "loop", "images": "loop"}
 
 #: Called with the number of denoiser calls done since the last time.
 Tick = Callable[[int], object]
@@ -62,13 +64,13 @@ class Probe:
 
     Attributes:
         timesteps: Descending.
-        states: Text states by group, shape (n, t, d).
+        states: What the prompts become, by group.
         samples: Noised latents by group, shape (timesteps, n, c, h, w).
         latents: Latents for the VAE decoder by group, shape (n, c, h, w).
     """
 
     timesteps: tuple[int, ...]
-    states: dict[str, Array]
+    states: dict[str, TextConditioning]
     samples: dict[str, Array]
     latents: dict[str, Array]
 
@@ -87,7 +89,10 @@ def measure_loop(side: Side, prompts: Prompts, settings: Settings, tick: Tick) -
     outputs: Outputs = {}
     with np.errstate(all="ignore"):  # values that aren't finite are looked for afterwards, by name
         for group, texts in prompts.groups.items():
-            outputs["text_encoder", group, None] = side.runtime.encode(texts)
+            text = side.runtime.condition(texts)
+            outputs["text_encoder", group, None] = text.embeds
+            if text.pooled is not None:
+                outputs["pooled_text", group, None] = text.pooled
             steps: list[list[Array]] = []
             images = []
             for chunk in _chunks(len(texts), side.runtime.batch_size):
@@ -143,7 +148,10 @@ def make_probe(side: Side, outputs: Outputs, prompts: Prompts, settings: Setting
         noise = random.standard_normal((len(timesteps), *clean.shape))
         signal = alphas[list(timesteps)].reshape(-1, 1, 1, 1, 1)
         samples[group] = (np.sqrt(signal) * clean + np.sqrt(1 - signal) * noise).astype(np.float32)
-    states = {group: outputs["text_encoder", group, None] for group in prompts.groups}
+    states = {
+        group: TextConditioning(outputs["text_encoder", group, None], outputs.get(("pooled_text", group, None)))
+        for group in prompts.groups
+    }
     return Probe(timesteps, states, samples, latents)
 
 
@@ -154,7 +162,12 @@ def measure_components(side: Side, probe: Probe, tick: Tick) -> Outputs:
         for group, states in probe.states.items():
             rows = list(_chunks(len(states), side.runtime.batch_size))
             for timestep, samples in zip(probe.timesteps, probe.samples[group], strict=True):
-                parts = [side.runtime.predict(samples[list(r)], float(timestep), states[list(r)]) for r in rows]
+                parts = [
+                    side.runtime.predict(
+                        samples[list(r)], float(timestep), states[list(r)].embeds, text_embeds=states[list(r)].pooled
+                    )
+                    for r in rows
+                ]
                 outputs["denoiser", group, timestep] = np.concatenate(parts)
                 tick(1)
             decoded = [side.runtime.decode_samples(probe.latents[group][list(r)]) for r in rows]

@@ -54,7 +54,7 @@ def table(done: Verification) -> str:
     text.append("")
     for name, side in (("A", done.a), ("B", done.b), ("base", done.base)):
         text.append(f"{name:<5} {side.side}" + (f"  (edit {side.edit[:12]})" if side.edit else ""))
-        text += [f"        {component:<13} {precision}" for component, precision in side.precision.items()]
+        text += [f"        {component:<14} {precision}" for component, precision in side.precision.items()]
     text.append(
         "relative is |B - A| / |A|, moved |A - base| / |A|, to move |B - A| / |A - base|; the limits are those of "
         f"{done.rounding}, times the edit's move or the output's norm, whichever allows more"

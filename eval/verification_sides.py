@@ -20,10 +20,12 @@ from excise.serve.denoising import OnStep
 from excise.serve.guidance import CLASSIFIER_FREE, Guidance
 from excise.serve.noise_schedule import Array
 from excise.serve.onnx_component import PROVIDERS, providers, read_config
-from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime
+from excise.serve.onnx_runtime import OnnxRuntime
 from excise.serve.runtime import Progress, Request, Runtime
 from excise.serve.safe_latent_diffusion import UNSAFE_CONCEPT, SafeLatentDiffusion
 from excise.serve.schedulers import read_scheduler_config
+from excise.serve.text_conditioning import TextConditioning
+from excise.serve.text_layout import read_text_layout
 
 #: How coarsely a side computes: ``half`` is 11 significant bits (float16, and TF32 on a GPU), ``bfloat16`` has 8.
 Rounding = Literal["float32", "half", "bfloat16"]
@@ -48,10 +50,12 @@ class Comparable(Runtime, Protocol):
     latent_shape: tuple[int, int, int]
     batch_size: int
 
-    def encode(self, prompts: Sequence[str]) -> Array:
-        """Text embeddings (n, t, d)."""
+    def condition(self, prompts: Sequence[str]) -> TextConditioning:
+        """What prompts become."""
 
-    def predict(self, sample: Array, timestep: float, encoder_hidden_states: Array) -> Array:
+    def predict(
+        self, sample: Array, timestep: float, encoder_hidden_states: Array, *, text_embeds: Array | None = None
+    ) -> Array:
         """The denoiser's output (b, c, h, w)."""
 
     def decode_samples(self, latents: Array) -> Array:
@@ -175,7 +179,7 @@ def check_side(spec: SideSpec) -> None:
     """
     if spec.kind == "onnx":
         providers(spec.options.get("provider", "cpu"))
-        for component in COMPONENTS:
+        for component in read_text_layout(spec.folder).components:
             read_config(spec.folder, component)
     elif not (spec.folder / "model_index.json").is_file():
         raise ModelError(f"{spec.folder} is not a diffusers folder: it has no model_index.json")
@@ -199,7 +203,7 @@ def open_side(
         threads: of ONNX Runtime's CPU provider; None leaves them to it. PyTorch's are the process's, not a side's.
 
     Raises:
-        ArtefactError, ModelError: The folder isn't a pipeline, is incomplete, or isn't Stable Diffusion 1 or 2.
+        ArtefactError, ModelError: The folder isn't a pipeline, is incomplete, or isn't Stable Diffusion 1, 2 or XL.
         UsageError: A provider or device that this machine hasn't, or a bank of edits.
         EditError: ``edit=FILE`` can't be read, or is another model's.
     """
@@ -246,7 +250,7 @@ def precision(spec: SideSpec) -> tuple[dict[str, str], Rounding]:
 
 def _onnx_precision(folder: Path, provider: str) -> tuple[dict[str, str], Rounding]:
     described, coarse = {}, provider != "cpu"
-    for component in COMPONENTS:
+    for component in read_text_layout(folder).components:
         formats = read_formats(folder / component / "model.onnx")
         named = {*formats.initializers, *formats.inputs_outputs}
         half = any("float" in name and name not in ("float32", "float64") for name in named)
@@ -262,7 +266,11 @@ def _onnx_precision(folder: Path, provider: str) -> tuple[dict[str, str], Roundi
 
 def _torch_precision(folder: Path, device: str, dtype: str, *, edited: bool) -> tuple[dict[str, str], Rounding]:
     place = "" if device == "cpu" else f", {_ON_GPU}"
-    described = dict.fromkeys(_TORCH_COMPONENTS, f"{dtype}{place}")
+    xl = (folder / "text_encoder_2").is_dir()
+    components = ("text_encoder", "text_encoder_2", "unet", "vae") if xl else _TORCH_COMPONENTS
+    described = dict.fromkeys(components, f"{dtype}{place}")
+    if xl and dtype == "float16":
+        described["vae"] = f"float32{place}"
     rounding = coarsest(_DTYPES[dtype], "half" if place else "float32")
     if not edited and (stored := stored_format(folder / "unet")) != "float32":
         # the edited weights were rounded to it: an export of the edit was not
@@ -273,20 +281,25 @@ def _torch_precision(folder: Path, device: str, dtype: str, *, edited: bool) -> 
 
 def _move(pipeline: Any, spec: SideSpec, device: str, dtype: str) -> None:
     """A pipeline's modules to a device, in a number format."""
-    unknown = [name for name in ("text_encoder_2", "transformer") if getattr(pipeline, name, None) is not None]
-    missing = [name for name in (*_TORCH_COMPONENTS, "tokenizer") if getattr(pipeline, name, None) is None]
+    unknown = [name for name in ("transformer", "text_encoder_3") if getattr(pipeline, name, None) is not None]
+    xl = getattr(pipeline, "text_encoder_2", None) is not None
+    wanted = (*_TORCH_COMPONENTS, "tokenizer", *(("tokenizer_2",) if xl else ()))
+    missing = [name for name in wanted if getattr(pipeline, name, None) is None]
     if unknown or missing:
         what = f"has {unknown[0]}" if unknown else f"has no {missing[0]}"
         raise ModelError(
-            f"{spec.folder} is a {type(pipeline).__name__}, which {what}: verify compares Stable Diffusion 1 and 2, "
-            "and eval runs no others; excise verify --components compares every family that excise exports"
+            f"{spec.folder} is a {type(pipeline).__name__}, which {what}: verify compares Stable Diffusion 1, 2 and "
+            "XL, and eval runs no others; excise verify --components compares every family that excise exports"
         )
     import torch
 
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     try:
         for module in modules:
-            torch.nn.Module.to(module, device, getattr(torch, dtype))  # diffusers' own warns of every cast
+            # SDXL's VAE overflows in float16: its pipeline computes it in float32, too
+            kept = xl and dtype == "float16" and module is pipeline.vae
+            # diffusers' own warns of every cast
+            torch.nn.Module.to(module, device, torch.float32 if kept else getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{spec}: device {device!r} can't be used: {reason}") from error

@@ -14,12 +14,15 @@ from excise.serve.guidance import CLASSIFIER_FREE, Guidance
 from excise.serve.noise_schedule import Array
 from excise.serve.runtime import Progress, Request
 from excise.serve.schedulers import Scheduler
+from excise.serve.text_conditioning import TextConditioning
+from excise.serve.text_requests import RequestTexts
 
 
 class Denoiser(Protocol):
     """The UNet: latents (b, c, h, w), one timestep, text embeddings (b, t, d) → its output (b, c, h, w).
 
     Of a bank of edits it is told the index of each image's: ``edit_index`` with shape (n), where b is a multiple of n.
+    SDXL's is also given the prompts' vectors, ``text_embeds`` with shape (b, p).
     """
 
     def __call__(
@@ -28,6 +31,8 @@ class Denoiser(Protocol):
         timestep: float,
         encoder_hidden_states: Array,
         edit_index: npt.NDArray[np.int64] | None = None,
+        *,
+        text_embeds: Array | None = None,
     ) -> Array: ...
 
 
@@ -62,12 +67,10 @@ class Denoising:
         denoiser: the UNet.
         scheduler: how many steps there are, and where they lead.
         noise: standard normal with shape (n, c, h, w).
-        prompt_embeds: with shape (n, t, d).
-        negative_prompt_embeds: with shape (n, t, d).
+        texts: of n images.
         num_inference_steps: of the whole batch.
         guidance_scale: one for all, or one for each image.
         guidance: how the UNet's outputs for several texts become one.
-        guidance_embeds: of the texts that the guidance adds, one (t, d) each.
         edit_index: which of a bank's edits each image gets, with shape (n); None without a bank.
 
     Raises:
@@ -79,22 +82,21 @@ class Denoising:
         denoiser: Denoiser,
         scheduler: Scheduler,
         noise: Array,
-        prompt_embeds: Array,
-        negative_prompt_embeds: Array,
+        texts: RequestTexts,
         *,
         num_inference_steps: int,
         guidance_scale: float | Sequence[float],
         guidance: Guidance = CLASSIFIER_FREE,
-        guidance_embeds: Sequence[Array] = (),
         edit_index: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self._denoiser, self._sampler = denoiser, scheduler.start(num_inference_steps)
         scales = np.broadcast_to(np.asarray(guidance_scale, np.float32), len(noise))
         self._guide = guidance.start(scales)
-        extra = [np.broadcast_to(one, prompt_embeds.shape) for one in guidance_embeds]
-        #: one entry for each text that every image is denoised with, (n, t, d) each
-        self._texts = [negative_prompt_embeds, prompt_embeds, *extra] if self._guide.guided else [prompt_embeds]
-        self._embeds = np.concatenate(self._texts)
+        added = texts.guidance if texts.guidance is not None else texts.prompts[:0]
+        extra = [added[np.full(len(noise), place)] for place in range(len(added))]
+        #: one entry for each text that every image is denoised with, each of n prompts
+        self._texts = [texts.negative, texts.prompts, *extra] if self._guide.guided else [texts.prompts]
+        self._text = TextConditioning.joined(self._texts)
         self._edit_index = edit_index
         #: The places, among the images that it began with, of those that it still holds.
         self.rows: npt.NDArray[np.int64] = np.arange(len(noise))
@@ -105,7 +107,13 @@ class Denoising:
         """The next latents, float32 with shape (n, c, h, w); not to be called after the last step."""
         seen = self._sampler.scale_model_input(self.latents, self.done)
         sample = np.concatenate([seen] * len(self._texts)) if len(self._texts) > 1 else seen
-        output = self._denoiser(sample, float(self._sampler.timesteps[self.done]), self._embeds, self._edit_index)
+        output = self._denoiser(
+            sample,
+            float(self._sampler.timesteps[self.done]),
+            self._text.embeds,
+            self._edit_index,
+            text_embeds=self._text.pooled,
+        )
         combined = self._guide.combine(np.split(output, len(self._texts)), self.done)
         self.latents = self._sampler.step(combined, self.done, self.latents)
         self.done += 1
@@ -116,7 +124,7 @@ class Denoising:
         chosen = np.asarray(places, np.int64)
         self.rows, self.latents = self.rows[chosen], self.latents[chosen]
         self._texts = [text[chosen] for text in self._texts]
-        self._embeds = np.concatenate(self._texts)
+        self._text = TextConditioning.joined(self._texts)
         if self._edit_index is not None:
             self._edit_index = self._edit_index[chosen]
         self._guide.keep(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from excise.errors import ArtefactError, UsageError
+from excise.manifest import NAME, hash_file, verify
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -55,8 +56,9 @@ class OnnxComponent:
     """``folder/name/model.onnx`` with its ``config.json``.
 
     ``inputs`` are the names that it has to declare, no more and no fewer but those of ``optional``, and ``output`` is
-    the one that is read. ``provider_options`` are those of each provider by ONNX Runtime's name for it.
-    ``initializers`` take the place of initialisers of the same names in external data, in memory alone.
+    the one that is read; ``outputs`` are all that it has, with the declared sizes of their last dimensions.
+    ``provider_options`` are those of each provider by ONNX Runtime's name for it. ``initializers`` take the place of
+    initialisers of the same names in external data, in memory alone.
     Raises ``ArtefactError`` if a file is missing or can't be loaded, or the names are others, and ``UsageError`` if
     the provider can't be used.
     """
@@ -100,18 +102,21 @@ class OnnxComponent:
                 f"{chain[0]} can't start on this machine: check its driver and libraries, or take provider cpu"
             )
         self._inputs = {node.name: node for node in self._session.get_inputs()}
-        outputs = [node.name for node in self._session.get_outputs()]
+        self.outputs: dict[str, int | None] = {
+            node.name: node.shape[-1] if node.shape and isinstance(node.shape[-1], int) else None
+            for node in self._session.get_outputs()
+        }
         expected = sorted(inputs)
         if sorted(self._inputs.keys() - set(optional)) != expected:
             raise ArtefactError(
-                f"{self.file} takes {', '.join(sorted(self._inputs))}; a Stable Diffusion 1 or 2 pipeline's takes "
-                f"{', '.join(expected)}"
+                f"{self.file} takes {', '.join(sorted(self._inputs))}; a Stable Diffusion pipeline's, with the text "
+                f"encoders of this folder, takes {', '.join(expected)}"
             )
         for node in self._inputs.values():
             if node.type not in DTYPES:
                 raise ArtefactError(f"{self.file}: {node.name} is a {node.type}, supported are {', '.join(DTYPES)}")
-        if output not in outputs:
-            raise ArtefactError(f"{self.file} has no output {output!r}, only {', '.join(outputs)}")
+        if output not in self.outputs:
+            raise ArtefactError(f"{self.file} has no output {output!r}, only {', '.join(self.outputs)}")
 
     def takes(self, name: str) -> bool:
         """Whether it declares an input of that name."""
@@ -131,12 +136,16 @@ class OnnxComponent:
 
         Raises ``ArtefactError`` if a value doesn't fit its type or ONNX Runtime can't run the model.
         """
+        return self.run([self.output], **values)[0]
+
+    def run(self, outputs: Sequence[str], **values: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
+        """These of its outputs; otherwise as a call."""
         feed = {name: self._cast(name, value) for name, value in values.items()}
         try:
-            (result,) = self._session.run([self.output], feed)
+            results = self._session.run(list(outputs), feed)
         except Exception as error:
             raise ArtefactError(f"{self.file} failed: {one_line(error)}") from error
-        return np.asarray(result, np.float32)
+        return [np.asarray(result, np.float32) for result in results]
 
     def _cast(self, name: str, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A value in the declared type of an input. A fraction in place of an integer is an error: it would be cut."""
@@ -167,3 +176,16 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ArtefactError(f"{file} isn't a JSON object")
     return config
+
+
+def engine_key(folder: Path) -> str | None:
+    """What tells this folder's engines from all others': the hash of its manifest, None where there is none.
+
+    Raises ``ArtefactError`` if the files aren't as the manifest says: an engine of other weights would be taken.
+    """
+    manifest = folder / NAME
+    if not manifest.is_file():
+        return None
+    if problems := verify(folder):
+        raise ArtefactError(f"{folder} isn't as its manifest says, and engines are kept by that: {problems[0]}")
+    return hash_file(manifest)

@@ -1,34 +1,39 @@
-"""Images from an exported Stable Diffusion 1 or 2 pipeline by ONNX Runtime, without PyTorch.
+"""Images from an exported Stable Diffusion 1, 2 or XL pipeline by ONNX Runtime, without PyTorch.
 
 The folder is what Optimum's text-to-image export writes: ``text_encoder``, ``unet`` and ``vae_decoder``, each with
-``model.onnx`` and ``config.json``, ``tokenizer`` and ``scheduler/scheduler_config.json``.
+``model.onnx`` and ``config.json``, ``tokenizer`` and ``scheduler/scheduler_config.json``; and of SDXL
+``text_encoder_2`` and ``tokenizer_2``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from excise.edited_initializers import edited_values
 from excise.editfile import Edit
-from excise.errors import ArtefactError, ModelError, UsageError
-from excise.manifest import NAME, hash_file, verify
+from excise.errors import ArtefactError, UsageError
 from excise.onnx_metadata import EDIT_INDEX, read_edit_id
 from excise.serve.bank import edit_indices, read_bank
 from excise.serve.denoising import Denoising, OnStep, check_requests, to_uint8
 from excise.serve.guidance import CLASSIFIER_FREE, Guidance
+from excise.serve.latent_shape import check_fixed_shape, halvings, latent_shape, positive
 from excise.serve.noise_schedule import Array
-from excise.serve.onnx_component import OnnxComponent, Provider, providers, read_config
+from excise.serve.onnx_component import OnnxComponent, Provider, engine_key, providers
 from excise.serve.provider_options import provider_options
 from excise.serve.runtime import Progress, Request, initial_latents, requested_size
 from excise.serve.schedulers import read_scheduler
+from excise.serve.text_conditioning import TextConditioning
+from excise.serve.text_encoders import POOLED, TextEncoder, check_widths, encode_texts
+from excise.serve.text_layout import check_files, open_tokenizers, read_text_layout
+from excise.serve.text_requests import RequestTexts, request_texts
 from excise.serve.tokenizer import PromptTokenizer
+from excise.serve.unet_inputs import unet_inputs
 
+#: Of Stable Diffusion 1 and 2; ``read_text_layout`` has those of one folder.
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 
 
@@ -41,6 +46,10 @@ class OnnxRuntime:
     takes the place of the edit that the folder carries, in memory alone; ``edit_id`` is the id of the one in effect.
     ``guidance`` is how a prompt, its negative prompt and a concept to stay away from guide the denoising.
 
+    A request's empty negative prompt, which is what one has that names none, is what diffusers' pipeline takes for
+    none: in SDXL zeros in place of the text encoders' outputs where ``model_index.json`` says
+    ``force_zeros_for_empty_prompt``, as it does for the base model; otherwise the empty text's.
+
     ``device`` is the GPU's number, and ``tf32`` lets CUDA round float32 factors to 11 bits, which is faster.
     ``engine_cache`` is where the TensorRT provider keeps the engines that it builds, one folder for each manifest and
     edit; the files are compared with the manifest first. Without a cache, and for a folder without a manifest, it
@@ -51,6 +60,11 @@ class OnnxRuntime:
     tokenizer or model that isn't supported, ``EditError`` for an edit of another model, and ``UsageError`` for a
     provider that this machine hasn't.
     """
+
+    #: SDXL's second text encoder and its tokenizer; a runtime of Stable Diffusion 1 and 2 leaves them as they are here.
+    _text_encoder_2: OnnxComponent | None = None
+    tokenizer_2: PromptTokenizer | None = None
+    _zeros_for_empty_negative = False
 
     def __init__(
         self,
@@ -71,21 +85,18 @@ class OnnxRuntime:
             if value is not None and value < 1:
                 raise UsageError(f"{option}={value}: give an integer from 1")
         providers(provider)
-        for component in COMPONENTS:
-            read_config(folder, component)
-        for file in ("tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"):
-            if not (folder / file).is_file():
-                raise ArtefactError(f"{folder} has no {file}: export the model to ONNX again")
+        layout = read_text_layout(folder)
+        check_files(folder, layout)
         self.name, self.folder, self.batch_size, self.guidance = name, folder, batch_size, guidance
         self.scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
 
         self.bank = read_bank(folder / "unet" / "model.onnx")
         if self.bank is not None and edit is not None:
             raise UsageError(f"{folder} holds a bank of edits: name one in each request, not one for all")
-        carried = (read_edit_id(folder / part / "model.onnx") for part in ("unet", "text_encoder"))
+        carried = (read_edit_id(folder / part / "model.onnx") for part in ("unet", *layout.encoders))
         self.edit_id = edit.id if edit is not None else next(filter(None, carried), None)
         edited = {"unet": edited_values(folder, edit)} if edit is not None else {}
-        manifest = _engine_key(folder) if provider == "tensorrt" and engine_cache is not None else None
+        manifest = engine_key(folder) if provider == "tensorrt" and engine_cache is not None else None
 
         def load(component: str, inputs: Sequence[str], output: str, optional: Sequence[str] = ()) -> OnnxComponent:
             return OnnxComponent(
@@ -111,13 +122,22 @@ class OnnxRuntime:
             )
 
         self._text_encoder = load("text_encoder", ["input_ids"], "last_hidden_state")
-        self._unet = load("unet", ["sample", "timestep", "encoder_hidden_states"], "out_sample", [EDIT_INDEX])
+        added = []
+        if len(layout.encoders) > 1:
+            self._text_encoder_2 = load("text_encoder_2", ["input_ids"], POOLED)
+            self._zeros_for_empty_negative = layout.zeros_for_empty_negative
+            added = ["text_embeds", "time_ids"]
+        self._unet = load("unet", ["sample", "timestep", "encoder_hidden_states", *added], "out_sample", [EDIT_INDEX])
+        encoders = [one for one in (self._text_encoder, self._text_encoder_2) if one is not None]
+        if added:
+            check_widths(self._unet, *encoders)
         if self._unet.takes(EDIT_INDEX) != (self.bank is not None):
             raise ArtefactError(f"{folder}/unet/model.onnx is half a bank of edits: make the bank again")
         self._vae_decoder = load("vae_decoder", ["latent_sample"], "sample")
-        self.tokenizer = PromptTokenizer(
-            folder / "tokenizer", max_length=self._text_encoder.config.get("max_position_embeddings")
+        self.tokenizer, *second = open_tokenizers(
+            folder, layout, [one.config.get("max_position_embeddings") for one in encoders]
         )
+        self.tokenizer_2 = next(iter(second), None)
         self.latent_shape = latent_shape(self._unet.config, self._vae_decoder.config)
         self._upscaling = halvings(self._vae_decoder.config)
         _, height, width = self.latent_shape
@@ -140,9 +160,9 @@ class OnnxRuntime:
         for all or one for each. ``progress`` counts the UNet's calls over all batches (PNDM makes one more than
         ``num_inference_steps``). Requests of another size than the export's own need one whose shapes are free; those
         of one call are of one size. ``prompt_embeds``, float32 with shape (n, tokens, d), take the place of what the
-        text encoder gives for the prompts. Raises ``UsageError`` for a number of steps, a guidance scale, a seed, a
-        size or embeddings that can't be used, ``PromptTooLong`` before anything is computed, and ``ArtefactError`` if
-        the models return something that isn't an image.
+        text encoders give for the prompts; SDXL's vectors stay the prompts'. Raises ``UsageError`` for a number of
+        steps, a guidance scale, a seed, a size or embeddings that can't be used, ``PromptTooLong`` before anything is
+        computed, and ``ArtefactError`` if the models return something that isn't an image.
         """
         images = [
             self.decode(latents)
@@ -180,40 +200,29 @@ class OnnxRuntime:
         Raises as ``generate`` does.
         """
         check_requests(requests, guidance_scale)
-        return self._begin(requests, num_inference_steps, guidance_scale, *self._texts(requests, prompt_embeds))
+        return self._begin(requests, num_inference_steps, guidance_scale, self._texts(requests, prompt_embeds))
 
-    def _texts(self, requests: Sequence[Request], prompt_embeds: Array | None) -> tuple[Array, Array, Array]:
-        """Embeddings of the guidance's own texts, the negative prompts and the prompts, (n, tokens, d) each."""
-        texts = [*self.guidance.texts, *(request.negative_prompt for request in requests)]
-        if prompt_embeds is None:
-            texts += [request.prompt for request in requests]
-        embeds = self.encode(texts)
-        added, negative, prompts = np.split(embeds, np.cumsum([len(self.guidance.texts), len(requests)]))
-        if prompt_embeds is not None:
-            if prompt_embeds.shape != negative.shape:
-                raise UsageError(f"prompt_embeds has shape {prompt_embeds.shape}: give {negative.shape}")
-            prompts = np.asarray(prompt_embeds, np.float32)
-        return added, negative, prompts
+    def _texts(self, requests: Sequence[Request], prompt_embeds: Array | None) -> RequestTexts:
+        return request_texts(
+            requests,
+            self.guidance.texts,
+            self.condition,
+            prompt_embeds=prompt_embeds,
+            pooled=self.tokenizer_2 is not None,
+            zeros_for_empty_negative=self._zeros_for_empty_negative,
+        )
 
     def _begin(
-        self,
-        requests: Sequence[Request],
-        steps: int,
-        guidance_scale: float | Sequence[float],
-        added: Array,
-        negative_prompt_embeds: Array,
-        prompt_embeds: Array,
+        self, requests: Sequence[Request], steps: int, guidance_scale: float | Sequence[float], texts: RequestTexts
     ) -> Denoising:
         return Denoising(
             self.predict,
             self.scheduler,
             initial_latents(requests, self._latents_of(requests)),
-            prompt_embeds,
-            negative_prompt_embeds,
+            texts,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             guidance=self.guidance,
-            guidance_embeds=list(added),
             edit_index=self._edit_indices(requests),
         )
 
@@ -222,17 +231,18 @@ class OnnxRuntime:
 
         Raises ``PromptTooLong`` and ``UsageError`` as the tokenizer does.
         """
-        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        ids = self.tokenizer.encode(list(distinct))
-        embeds = [
-            self._text_encoder(input_ids=ids[start : start + self.batch_size])
-            for start in range(0, len(ids), self.batch_size)
-        ]
-        if not embeds:
+        return self.condition(prompts).embeds
+
+    def condition(self, prompts: Sequence[str]) -> TextConditioning:
+        """The same with SDXL's vectors. Raises as ``encode`` does."""
+        if not prompts:
             width = self._unet.width("encoder_hidden_states", 2) or 0
-            return np.empty((0, self.tokenizer.max_length, width), np.float32)
-        rows = [distinct[prompt] for prompt in prompts]
-        return np.asarray(np.concatenate(embeds)[rows], np.float32)
+            empty = np.empty((0, self.tokenizer.max_length, width), np.float32)
+            return TextConditioning(empty, None if self.tokenizer_2 is None else np.empty((0, 0), np.float32))
+        encoders = [TextEncoder(self.tokenizer, self._text_encoder)]
+        if self._text_encoder_2 is not None and self.tokenizer_2 is not None:
+            encoders.append(TextEncoder(self.tokenizer_2, self._text_encoder_2))
+        return encode_texts(prompts, encoders, self.batch_size)
 
     def decode(self, latents: Array) -> npt.NDArray[np.uint8]:
         """Images as uint8 with shape (n, height, width, 3) of latents with shape (n, channels, height, width).
@@ -265,7 +275,7 @@ class OnnxRuntime:
         calls = len(self.scheduler.start(steps).timesteps)
         if not requests:
             return
-        added, negative, prompts = self._texts(requests, prompt_embeds)
+        texts = self._texts(requests, prompt_embeds)
         scales = np.broadcast_to(np.asarray(guidance_scale, np.float64), len(requests)).tolist()
         starts = range(0, len(requests), self.batch_size)
         for batch, start in enumerate(starts):
@@ -275,7 +285,7 @@ class OnnxRuntime:
                 if progress is not None:
                     progress(before + done, total * len(starts))
 
-            denoising = self._begin(requests[chosen], steps, scales[chosen], added, negative[chosen], prompts[chosen])
+            denoising = self._begin(requests[chosen], steps, scales[chosen], texts.of(chosen))
             yield denoising.run(report, on_step)
 
     def _edit_indices(self, requests: Sequence[Request]) -> npt.NDArray[np.int64] | None:
@@ -295,12 +305,7 @@ class OnnxRuntime:
         asked = requested_size(requests, own, multiple)
         latents = (asked[0] // self._upscaling, asked[1] // self._upscaling)
         for component, name in ((self._unet, "sample"), (self._vae_decoder, "latent_sample")):
-            fixed = (component.width(name, 2), component.width(name, 3))
-            if any(side not in (None, wanted) for side, wanted in zip(fixed, latents, strict=True)):
-                raise UsageError(
-                    f"{self.folder} was exported for images of {own[1]} x {own[0]} pixels alone, not of {asked[1]} x "
-                    f"{asked[0]}: ask for that size, or export it with free shapes"
-                )
+            check_fixed_shape(self.folder, component, name, latents, own, asked)
         return (channels, *latents)
 
     def predict(
@@ -309,58 +314,14 @@ class OnnxRuntime:
         timestep: float,
         encoder_hidden_states: Array,
         edit_index: npt.NDArray[np.int64] | None = None,
+        *,
+        text_embeds: Array | None = None,
     ) -> Array:
         """The UNet's output, float32 with the shape of ``sample`` (b, c, h, w), for text embeddings (b, t, d).
 
-        ``timestep`` is a scalar in Optimum's exports and a vector in some others. A bank needs ``edit_index``, for b
-        rows or for b / 2, which guidance then repeats.
+        A bank needs ``edit_index``, for b rows or for b / 2, which guidance then repeats; SDXL the prompts' vectors,
+        ``text_embeds`` with shape (b, p). An image's size is that of ``sample``.
         """
-        chosen = {} if edit_index is None else {EDIT_INDEX: np.tile(edit_index, len(sample) // len(edit_index))}
-        shape = () if self._unet.rank("timestep") == 0 else (self._unet.width("timestep", 0) or len(sample),)
-        return self._unet(
-            sample=sample,
-            timestep=np.full(shape, timestep),
-            encoder_hidden_states=encoder_hidden_states,
-            **chosen,
-        )
-
-
-def _engine_key(folder: Path) -> str | None:
-    """What tells this folder's engines from all others': the hash of its manifest, None where there is none.
-
-    Raises ``ArtefactError`` if the files aren't as the manifest says: an engine of other weights would be taken.
-    """
-    manifest = folder / NAME
-    if not manifest.is_file():
-        return None
-    if problems := verify(folder):
-        raise ArtefactError(f"{folder} isn't as its manifest says, and engines are kept by that: {problems[0]}")
-    return hash_file(manifest)
-
-
-def latent_shape(unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents. Raises ``ModelError`` for a UNet that isn't text-to-image."""
-    channels, size = unet.get("in_channels"), unet.get("sample_size")
-    if channels != vae.get("latent_channels", channels):
-        raise ModelError(
-            f"unet/config.json has in_channels={channels}, the VAE {vae['latent_channels']} latent channels: "
-            "inpainting and image-to-image models aren't supported here: export and excise patch take them, serve the "
-            "ONNX files by another pipeline"
-        )
-    sides = size if isinstance(size, list) else [size, size]
-    if not all(isinstance(value, int) and value > 0 for value in (channels, *sides)) or len(sides) != 2:
-        raise ModelError(f"unet/config.json has in_channels={channels!r} and sample_size={size!r}: give both")
-    return (int(channels), int(sides[0]), int(sides[1]))  # type: ignore[arg-type]
-
-
-def halvings(config: dict[str, Any]) -> int:
-    """By what a UNet or a VAE shrinks its input's sides at its narrowest: 2 for each of its levels but one."""
-    return int(2 ** (len(config.get("block_out_channels") or [0]) - 1))
-
-
-def positive(config: dict[str, Any], option: str, default: float) -> float:
-    """A positive number of the VAE's configuration. Raises ``ModelError`` for anything else."""
-    value = config.get(option, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
-        raise ModelError(f"vae_decoder/config.json has {option}={value!r}: give a positive number")
-    return float(value)
+        height, width = (side * self._upscaling for side in sample.shape[2:])
+        given = unet_inputs(self._unet, timestep, len(sample), (height, width), edit_index, text_embeds)
+        return self._unet(sample=sample, encoder_hidden_states=encoder_hidden_states, **given)

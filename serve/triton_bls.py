@@ -20,8 +20,9 @@ from excise.enginefile import TensorEntry
 from excise.errors import ArtefactError
 from excise.manifest import read_manifest
 from excise.serve.guidance import CLASSIFIER_FREE
+from excise.serve.latent_shape import halvings, latent_shape, positive
 from excise.serve.onnx_component import OnnxComponent, read_config
-from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime, halvings, latent_shape, positive
+from excise.serve.onnx_runtime import COMPONENTS, OnnxRuntime
 from excise.serve.schedulers import read_scheduler
 from excise.serve.tokenizer import PromptTokenizer
 from excise.serve.triton_options import Backend

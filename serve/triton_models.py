@@ -21,8 +21,8 @@ import numpy as np
 
 from excise.enginefile import TensorEntry
 from excise.errors import ArtefactError
+from excise.serve.latent_shape import halvings, latent_shape
 from excise.serve.onnx_component import read_config
-from excise.serve.onnx_runtime import halvings, latent_shape
 from excise.serve.onnx_signature import Signature
 from excise.serve.triton_config import (
     DATA_TYPES,

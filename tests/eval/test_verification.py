@@ -301,10 +301,12 @@ def test_another_scheduler_is_refused(verified: Verify, exported: Path, tmp_path
 
 
 def test_other_families_are_refused(folder_of: Callable[..., Path], exported: Path, verified: Verify) -> None:
-    from tests.edit.tiny_models import stable_diffusion_xl
+    from tests.edit.tiny_models import stable_diffusion_3, stable_diffusion_xl_refiner
 
-    with pytest.raises(ModelError, match="has text_encoder_2: verify compares Stable Diffusion 1 and 2"):
-        verified(exported, a=f"torch:{folder_of(stable_diffusion_xl)}")
+    with pytest.raises(ModelError, match="has transformer: verify compares Stable Diffusion 1, 2 and XL"):
+        verified(exported, a=f"torch:{folder_of(stable_diffusion_3)}")
+    with pytest.raises(ModelError, match="has no text_encoder: verify compares"):
+        verified(exported, a=f"torch:{folder_of(stable_diffusion_xl_refiner)}")
 
 
 def test_sides_by_name(tiny_model: Path, exported: Path, tmp_path: Path) -> None:

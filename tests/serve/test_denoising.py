@@ -12,6 +12,7 @@ from excise.serve.denoising import Denoising, to_uint8
 from excise.serve.onnx_runtime import OnnxRuntime
 from excise.serve.runtime import Request, initial_latents
 from excise.serve.schedulers import read_scheduler_config, scheduler_from_config
+from excise.serve.text_requests import RequestTexts
 
 REQUESTS = [Request("a red cat", seed=1), Request("an axe", seed=2), Request("two blue houses", seed=3)]
 
@@ -43,16 +44,15 @@ def test_images_that_leave_change_nothing_for_the_others(runtime: OnnxRuntime, s
     config = read_scheduler_config(runtime.folder / "scheduler" / "scheduler_config.json")
     options = {"_class_name": scheduler, "skip_prk_steps": True, "prediction_type": config["prediction_type"]}
     noise = initial_latents(REQUESTS, runtime.latent_shape)
-    embeds = runtime.encode([request.prompt for request in REQUESTS])
-    negative = runtime.encode([""] * len(REQUESTS))
+    prompts = runtime.condition([request.prompt for request in REQUESTS])
+    negative = runtime.condition([""] * len(REQUESTS))
 
     def start(rows: list[int]) -> Denoising:
         return Denoising(
             runtime.predict,
             scheduler_from_config(options),
             noise[rows],
-            embeds[rows],
-            negative[rows],
+            RequestTexts(negative[rows], prompts[rows]),
             guidance_scale=[(2.0, 5.0, 1.0)[row] for row in rows],
             **SETTINGS,
         )
