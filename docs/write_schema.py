@@ -27,6 +27,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     evaluation.CaseRecord,
     evaluation.Finding,
     evaluation.PaperFigure,
+    evaluation.SweepRecord,
     evaluation_comparison.EvaluationComparison,
     evaluation_comparison.ComparedMeasure,
 )

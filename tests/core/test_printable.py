@@ -38,4 +38,4 @@ def test_values_are_spelt_as_yaml_has_them(value: object, shown: str) -> None:
 def test_long_values_stay_short(value: object) -> None:
     # Six items of a list, each of 60 characters, with commas and brackets, are the longest.
     assert len(short(value)) <= 377
-    assert "..." in short(value)
+    assert "..." in short(value) or short(value) == "a number of thousands of digits"
