@@ -77,7 +77,7 @@ def export_unet(size: str, folder: Path, dtype: str, device: str) -> Path:
         torch.onnx.export(
             unet.eval(),
             inputs,
-            path,
+            str(path),  # of a Path it writes no external data, and 2 GiB are the most
             input_names=list(names),
             output_names=["out_sample"],
             dynamic_axes={name: {0: "batch_size"} for name in ("sample", "encoder_hidden_states", "out_sample")},
