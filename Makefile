@@ -8,7 +8,7 @@ ROOMS := core edit export serve eval
 MODULES := $(shell git ls-files '*.py' 2>/dev/null | grep -E '^(core|edit|export|serve|eval|demo)/')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types bench docs setup demo-data demo-train clean
+.PHONY: help demo test test-triton test-all lint types bench docs setup demo-data demo-train clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ demo: setup ## erase weapons from the bundled model, export it, judge it (writes
 
 test: setup ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m 'not slow'
+
+test-triton: setup ## on a real tritonserver, which is installed into the user's cache folder the first time
+	$(BIN)/python -m pytest -m slow tests/serve/test_triton_server.py
 
 test-all: setup ## every test
 	$(BIN)/python -m pytest
