@@ -12,7 +12,7 @@ import click
 
 from excise.cli_vector_timestep import has_scalar_timestep, with_vector_timestep
 from excise.console import json_option, needs, result, say
-from excise.errors import OutputError, UsageError
+from excise.errors import UsageError
 
 if TYPE_CHECKING:
     from excise.enginefile import EngineEntry
@@ -137,10 +137,7 @@ def _for_triton(
         def progress(line: str) -> None:
             say(line.replace(str(folder), str(onnx_dir)))
 
-        try:
-            return build(folder, out=out, rebuild=rebuild, progress=progress)
-        except OutputError as error:
-            raise OutputError(str(error).replace(str(folder), str(onnx_dir))) from error
+        return build(folder, out=out, rebuild=rebuild, progress=progress)
 
 
 def engines_folder(onnx_dir: Path) -> Path:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlencode
 
 from excise.cli_solve import solve
 from excise.console import say
@@ -43,7 +42,7 @@ def swept_runtimes(
     from excise.edit.made_edits import made_edits
     from excise.edit.recipe import resolve
     from excise.eval.run_folder import EDITS
-    from excise.eval.runtime_spec import parse_runtime
+    from excise.eval.runtime_spec import parse_runtime, with_options
 
     unedited = next((spec for spec in specs if spec.name == base), None)
     if unedited is None or unedited.kind != "torch" or "edit" in unedited.options:
@@ -64,7 +63,7 @@ def swept_runtimes(
     place = unedited.source.partition("?")[0]
     return SweptRuntimes(
         tuple(
-            parse_runtime(f"{name}={place}?{urlencode({**unedited.options, 'edit': str(file)}, safe='/:')}")
+            parse_runtime(f"{name}={with_options(place, {**unedited.options, 'edit': str(file)})}")
             for name, file in made.files.items()
         ),
         made.seconds,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from excise.console import say
-from excise.errors import ArtefactError, UsageError
+from excise.errors import ArtefactError, OutputError, UsageError
 from excise.output import PARTIAL, check_free
 
 
@@ -52,7 +52,7 @@ def with_vector_timestep(folder: Path, out: Path) -> Iterator[Path]:
         vector_timestep_folder(folder, made, progress=say)
         try:
             yield made
-        except (ArtefactError, UsageError) as error:
+        except (ArtefactError, OutputError, UsageError) as error:
             raise type(error)(str(error).replace(str(made), str(folder))) from error
 
 

@@ -36,6 +36,11 @@ class YamlMapping:
     lines: Mapping[Where, int]
 
 
+def nearest_line(lines: Mapping[Where, int], where: Where) -> int | None:
+    """The line of a position, or of the innermost thing around it that has one."""
+    return next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), None)
+
+
 def parse_mapping(content: bytes, label: str, *, first: str, too_large: str = "is it the right file?") -> YamlMapping:
     """The mapping that ``content`` spells.
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from excise.demo.table_rows import ARTIST_ROWS, BUDGETS, ROWS, Row
 from excise.demo.table_text import table_document, table_text
@@ -35,7 +34,7 @@ from excise.eval.protocol_choice import Choice
 from excise.eval.protocol_comparisons import Roles
 from excise.eval.protocol_file import load_protocol
 from excise.eval.protocol_models import ProtocolModels
-from excise.eval.runtime_spec import RuntimeSpec, parse_runtime
+from excise.eval.runtime_spec import RuntimeSpec, parse_runtime, with_options
 from excise.eval.verification_sides import LoadPipeline
 from excise.output import put_in_place
 
@@ -139,8 +138,7 @@ def _spec(name: str, row: Row, edit: Path | None) -> RuntimeSpec:
 
 
 def _model(options: Mapping[str, str]) -> str:
-    """The bundled model with options, as ``runtime_spec`` reads them."""
-    return "demo:model" + (f"?{urlencode(options, safe='/:')}" if options else "")
+    return with_options("demo:model", options)
 
 
 def _evaluation(

@@ -1,8 +1,10 @@
 """Edits by name in a folder: those that are missing are made, with a note beside each of how long it took.
 
-NAME.safetensors     the edit
-NAME.json            the seconds that it took, since an edit file holds no times
-NAME.training/       what a method that trains resumes from, until it is done
+    NAME.safetensors     the edit
+    NAME.json            the seconds that it took, since an edit file holds no times
+    NAME.training/       what a method that trains resumes from, until it is done
+
+What is there is checked against its recipe, and taken as it is.
 """
 
 from __future__ import annotations

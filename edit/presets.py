@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from excise.errors import UsageError
 from excise.named_file import read_named
 from excise.printable import printable, short
-from excise.strict_yaml import LIMIT, Where, parse_mapping
+from excise.strict_yaml import LIMIT, Where, nearest_line, parse_mapping
 
 _RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -49,7 +49,7 @@ class Source:
         names = [printable(part) for part in where if isinstance(part, str)]
         shown = "" if value is ... else f" {short(value)}" if self is COMMAND_LINE else f" = {short(value)}"
         subject = f"--{names[-1].replace('_', '-')}" if self is COMMAND_LINE and names else ".".join(names)
-        line = next((self.lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in self.lines), None)
+        line = nearest_line(self.lines, where)
         place = self.label if line is None else f"{self.label}:{line}"
         return UsageError(": ".join(part for part in (place, subject + shown, problem) if part))
 

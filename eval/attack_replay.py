@@ -226,7 +226,7 @@ def _shown(
     settings = GenerationSettings(
         num_inference_steps=run.choice.steps,
         edit_id=served.edit,
-        depends_on={**RuntimeEntry.of(str(spec), served).depends_on, "versions": dict(run.versions)},
+        depends_on=RuntimeEntry.of(str(spec), served).depends_on(run.versions),
         image_format=run.image_format,
     )
     folder = run.folder / group.name

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl
 
 from excise.edit.model_folder import resolve
 from excise.errors import UsageError
 from excise.eval.attack_run import ATTACKED, BASE
-from excise.eval.runtime_spec import RuntimeSpec, parse_runtime
+from excise.eval.runtime_spec import RuntimeSpec, parse_runtime, with_options
 
 _SERVED = ("onnx", "tensorrt", "triton", "openai")
 _DEMO = "demo:model"
@@ -55,7 +55,7 @@ def _spec(role: str, model: str, given: Mapping[str, str], *, without: Collectio
     if repeated := sorted(set(options) & set(given)):
         raise UsageError(f"{model}: {repeated[0]} is given by --{repeated[0]} too: leave one out")
     options |= given
-    return parse_runtime(f"{role}=torch:{place}{'?' if options else ''}{urlencode(options, safe='/:')}")
+    return parse_runtime(f"{role}={with_options(f'torch:{place}', options)}")
 
 
 def _no_gradients(source: str) -> str:

@@ -148,7 +148,7 @@ def _generate(
         settings = GenerationSettings(
             num_inference_steps=choice.steps,
             edit_id=served.edit,
-            depends_on={**RuntimeEntry.of(str(spec), served).depends_on, "versions": run_versions()},
+            depends_on=RuntimeEntry.of(str(spec), served).depends_on(run_versions()),
             image_format=run.image_format,
         )
         folder = run.folder / name

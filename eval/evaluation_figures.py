@@ -71,6 +71,13 @@ def roles(protocol: ProtocolRecord) -> dict[str, str]:
     return {runtime.name: special.get(runtime.name, "judged") for runtime in protocol.runtimes}
 
 
+def known_measure(protocol: ProtocolRecord, runtime: str, name: str) -> Measure | None:
+    """A runtime's measure, if it could be computed."""
+    record = protocol.runtime(runtime)
+    measure = record.measures.get(name) if record is not None else None
+    return measure if measure is not None and measure.value is not None else None
+
+
 def power_sentences(protocol: ProtocolRecord) -> list[str]:
     """What the number of images can tell, one sentence a count."""
     sentences = []

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from excise.eval.evaluation import Measure, ProtocolRecord
-from excise.eval.evaluation_figures import cell_text, is_class, measure_names, roles
-from excise.eval.evaluation_svg import INK, RULE, SERIES, drawn
-from excise.eval.evaluation_sweep import sweep_drawing
+from excise.eval.evaluation_figures import cell_text, is_class, known_measure, measure_names, roles
+from excise.eval.evaluation_svg import INK, RULE, SERIES, Plot, drawn
+from excise.eval.evaluation_sweep import sweep_plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,15 +24,6 @@ _MARKERS: Final = "os^DvPX"
 #: Heights in inches: of a runtime in a row of intervals, of a histogram.
 _ROW, _PANEL = 0.17, 1.05
 _MOST_HISTOGRAMS, _MOST_BINS, _LEGEND = 6, 40, 68
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One drawing: ``svg`` is an ``<svg>`` element, named by ``title`` and ``description``."""
-
-    title: str
-    description: str
-    svg: str
 
 
 @dataclass(frozen=True)
@@ -53,9 +44,8 @@ def plots(protocol: ProtocolRecord, key: str) -> tuple[Plot, ...]:
     Raises:
         MissingExtra: matplotlib isn't installed.
     """
-    swept = sweep_drawing(protocol, f"{key}-s")
     made = [
-        *([] if swept is None else [Plot(*swept)]),
+        *sweep_plots(protocol, f"{key}-s"),
         *interval_plots(protocol, key),
         *difference_plots(protocol, key),
         *trade_off_plots(protocol, key),
@@ -95,7 +85,11 @@ def interval_plots(protocol: ProtocolRecord, key: str) -> list[Plot]:
 
 def _interval_plot(title: str, names: Sequence[str], protocol: ProtocolRecord, key: str) -> Plot | None:
     rows = {
-        name: [(one, measure) for one in series(protocol) if (measure := _known(protocol, one.name, name)) is not None]
+        name: [
+            (one, measure)
+            for one in series(protocol)
+            if (measure := known_measure(protocol, one.name, name)) is not None
+        ]
         for name in names
     }
     rows = {name: found for name, found in rows.items() if found}
@@ -250,15 +244,8 @@ def _trade_off_plot(fid: str, clip: str, protocol: ProtocolRecord, key: str) -> 
     return Plot(title, f"Better is up and left. {words}.", drawn(1, 3.4, lambda a: draw(a[0]), title, words, key))
 
 
-def _known(protocol: ProtocolRecord, runtime: str, name: str) -> Measure | None:
-    """A runtime's measure, if it could be computed."""
-    record = protocol.runtime(runtime)
-    measure = record.measures.get(name) if record is not None else None
-    return measure if measure is not None and measure.value is not None else None
-
-
 def _both(protocol: ProtocolRecord, runtime: str, fid: str, clip: str) -> tuple[Measure, Measure] | None:
-    x, y = _known(protocol, runtime, fid), _known(protocol, runtime, clip)
+    x, y = known_measure(protocol, runtime, fid), known_measure(protocol, runtime, clip)
     return (x, y) if x is not None and y is not None else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree
 
@@ -40,6 +41,15 @@ _STYLE: Final[Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One drawing: ``svg`` is an ``<svg>`` element, named by ``title`` and ``description``."""
+
+    title: str
+    description: str
+    svg: str
 
 
 def drawn(

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from excise.eval.evaluation import Measure, ProtocolRecord
-from excise.eval.evaluation_figures import COUNTED, cell_text, is_class, measure_names
-from excise.eval.evaluation_svg import INK, SERIES, drawn
+from excise.eval.evaluation_figures import COUNTED, cell_text, is_class, known_measure, measure_names
+from excise.eval.evaluation_svg import INK, SERIES, Plot, drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +32,8 @@ def sweep_figures(protocol: ProtocolRecord) -> tuple[str, ...]:
     return tuple(name for name in (*counted, *others) if _points(protocol, name))
 
 
-def sweep_drawing(protocol: ProtocolRecord, key: str) -> tuple[str, str, str] | None:
-    """Title, description and ``<svg>`` element of the plot; None where the record is of no sweep, or has no figures.
+def sweep_plots(protocol: ProtocolRecord, key: str) -> list[Plot]:
+    """The plot; none where the record is of no sweep, or has no figures.
 
     Args:
         key: begins the ids in the element; unique on the page.
@@ -42,9 +42,9 @@ def sweep_drawing(protocol: ProtocolRecord, key: str) -> tuple[str, str, str] | 
         MissingExtra: matplotlib isn't installed.
     """
     if protocol.sweep is None or not (figures := sweep_figures(protocol)):
-        return None
+        return []
     found = {name: _points(protocol, name) for name in figures}
-    base = {name: _base(protocol, name) for name in figures}
+    base = {name: known_measure(protocol, protocol.base or "", name) for name in figures}
     label = _LABELS[protocol.sweep.parameter]
 
     def draw(panels: Sequence[Axes]) -> None:
@@ -64,7 +64,8 @@ def sweep_drawing(protocol: ProtocolRecord, key: str) -> tuple[str, str, str] | 
     )
     title = f"Over {label}"
     description = f"Points with their intervals; the dashed line is the unedited model. {words}."
-    return title, description, drawn(len(found), 0.5 + _PANEL * len(found), draw, title, description, key)
+    svg = drawn(len(found), 0.5 + _PANEL * len(found), draw, title, description, key)
+    return [Plot(title, description, svg)]
 
 
 def _panel(axes: Axes, name: str, points: Mapping[float, Measure], base: Measure | None) -> None:
@@ -85,14 +86,6 @@ def _points(protocol: ProtocolRecord, name: str) -> dict[float, Measure]:
     """The figure by the swept value, ascending; those that could be computed."""
     swept = {} if protocol.sweep is None else protocol.sweep.values
     found = {
-        swept[one.name]: measure
-        for one in protocol.runtimes
-        if one.name in swept and (measure := one.measures.get(name)) is not None and measure.value is not None
+        value: measure for one, value in swept.items() if (measure := known_measure(protocol, one, name)) is not None
     }
     return dict(sorted(found.items()))
-
-
-def _base(protocol: ProtocolRecord, name: str) -> Measure | None:
-    record = protocol.runtime(protocol.base) if protocol.base is not None else None
-    measure = record.measures.get(name) if record is not None else None
-    return measure if measure is not None and measure.value is not None else None

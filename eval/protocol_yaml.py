@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from excise.errors import UsageError
 from excise.printable import one_line, printable, short
-from excise.strict_yaml import Where, parse_mapping
+from excise.strict_yaml import Where, nearest_line, parse_mapping
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -34,7 +34,7 @@ class YamlDocument:
 
     def refusal(self, where: Where, problem: str) -> UsageError:
         """The error about a field, with the line of it or of what it should be in."""
-        line = next(self.lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in self.lines)
+        line = nearest_line(self.lines, where)
         field = ".".join(printable(part) for part in where)
         return UsageError(f"{self.label}:{line}: {field + ': ' if field else ''}{problem}")
 

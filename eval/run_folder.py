@@ -66,10 +66,9 @@ class RuntimeEntry(_Strict):
         """The entry of a runtime that serves this."""
         return cls(source=source, edit=served.edit, manifest=served.manifest, files=served.files)
 
-    @property
-    def depends_on(self) -> dict[str, Any]:
+    def depends_on(self, versions: Mapping[str, str]) -> dict[str, Any]:
         """What its images depend on, besides the edit and the settings."""
-        return {"source": self.source, "manifest": self.manifest, "files": self.files}
+        return {"source": self.source, "manifest": self.manifest, "files": self.files, "versions": dict(versions)}
 
 
 class RunConfiguration(_Strict):

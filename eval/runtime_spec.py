@@ -132,7 +132,7 @@ def parse_runtime(text: str) -> RuntimeSpec:
             raise UsageError(f"{text}: {option}={value!r} isn't {wanted}")
     sides = {option: value for option, value in options.items() if option not in _VALUES}
     if sides:
-        parse_side(f"{kind}:{place}?{urlencode(sides, safe='/:')}")
+        parse_side(with_options(f"{kind}:{place}", sides))
     return RuntimeSpec(name, kind, place, options, source)
 
 
@@ -152,6 +152,11 @@ def _placed(address: str) -> tuple[Kind, str]:
         raise UsageError(f"{address}: {given!r} isn't one of {', '.join(get_args(Kind))}")
     side = parse_side(address)
     return side.kind, str(side.folder)
+
+
+def with_options(place: str, options: Mapping[str, str]) -> str:
+    """``PLACE?OPTIONS`` as ``parse_runtime`` reads it back; the place alone without options."""
+    return f"{place}?{urlencode(options, safe='/:')}" if options else place
 
 
 def parse_runtimes(texts: Sequence[str]) -> tuple[RuntimeSpec, ...]:

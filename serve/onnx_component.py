@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import onnxruntime
 
 from excise.errors import ArtefactError, UsageError
 from excise.manifest import NAME, hash_file, verify
+from excise.serve.json_object import read_json_object
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -168,14 +168,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     for file in (folder / name / "model.onnx", folder / name / "config.json"):
         if not file.is_file():
             raise ArtefactError(f"{folder} has no {name}/{file.name}: export the model to ONNX again")
-    file = folder / name / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{file} can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ArtefactError(f"{file} isn't a JSON object")
-    return config
+    return read_json_object(folder / name / "config.json")
 
 
 def engine_key(folder: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from excise.errors import ModelError
 from excise.serve.ddim import DDIM
 from excise.serve.euler import EulerDiscrete
+from excise.serve.json_object import read_json_object
 from excise.serve.noise_schedule import Array, Config
 from excise.serve.pndm import PNDM
 
@@ -76,10 +76,4 @@ def read_scheduler(file: Path) -> Scheduler:
 
 def read_scheduler_config(file: Path) -> dict[str, Any]:
     """What a ``scheduler_config.json`` says. Raises ``ModelError`` if it can't be read or isn't an object."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the scheduler's configuration {file} can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"the scheduler's configuration {file} isn't a JSON object")
-    return config
+    return read_json_object(file, name="the scheduler's configuration ", error=ModelError)

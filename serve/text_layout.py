@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from excise.errors import ArtefactError, ModelError
+from excise.serve.json_object import read_json_object
 from excise.serve.onnx_component import read_config
 from excise.serve.tokenizer import PromptTokenizer
 
@@ -45,7 +44,8 @@ def read_text_layout(folder: Path) -> TextLayout:
         ArtefactError: ``model_index.json`` can't be read.
         ModelError: it is SDXL's refiner, or has a transformer in place of a UNet.
     """
-    index = _read_index(folder / "model_index.json")
+    file = folder / "model_index.json"
+    index = read_json_object(file, remedy=": export the model again") if file.is_file() else {}
     if index.get("requires_aesthetics_score"):
         raise ModelError(f"{folder} is SDXL's refiner, which starts from another model's latents: name the base model")
     if (folder / "transformer").is_dir() and not (folder / "unet").is_dir():
@@ -86,15 +86,3 @@ def open_tokenizers(folder: Path, layout: TextLayout, lengths: list[int | None])
         shown = " and ".join(f"{name} {one.max_length}" for name, one in zip(layout.tokenizers, found, strict=True))
         raise ModelError(f"{folder} reads prompts of different lengths, {shown} tokens: export the model again")
     return found
-
-
-def _read_index(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{file} can't be read: {error}") from error
-    if not isinstance(index, dict):
-        raise ArtefactError(f"{file} isn't a JSON object: export the model again")
-    return index

@@ -11,7 +11,6 @@ import pytest
 from excise.eval.evaluation import CaseRecord, Comparison, Finding, Measure, ProtocolRecord, RuntimeRecord
 from excise.eval.evaluation_figures import cell_text
 from excise.eval.evaluation_plots import (
-    Plot,
     difference_plots,
     differences,
     interval_plots,
@@ -19,6 +18,7 @@ from excise.eval.evaluation_plots import (
     series,
     trade_off_plots,
 )
+from excise.eval.evaluation_svg import Plot
 from tests.eval.evaluations import BASE, CLASSES, FP16, HOSTILE, ONNX, REFERENCE, make_evaluation
 
 

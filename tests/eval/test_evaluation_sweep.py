@@ -9,7 +9,7 @@ import pytest
 
 from excise.eval.evaluation import Measure, ProtocolRecord, RuntimeRecord, SweepRecord
 from excise.eval.evaluation_plots import plots
-from excise.eval.evaluation_sweep import sweep_drawing, sweep_figures
+from excise.eval.evaluation_sweep import sweep_figures, sweep_plots
 
 VALUES = {"ridge-0.001": 0.001, "ridge-0.1": 0.1, "ridge-10": 10.0}
 
@@ -49,9 +49,8 @@ def test_the_figures_are_what_is_erased_and_what_is_kept() -> None:
 
 
 def test_the_points_are_in_order_and_as_high_as_measured() -> None:
-    drawn = sweep_drawing(record(), "p0-s")
-    assert drawn is not None
-    title, description, svg = drawn
+    (plot,) = sweep_plots(record(), "p0-s")
+    title, description, svg = plot.title, plot.description, plot.svg
     assert title == "Over λ of RECE's eq. 8"
     for part in ("50 % [40, 60] at 0.001", "25 % [15, 35] at 0.1", "75 % [65, 85] at 10", "90 % [80, 100] unedited"):
         assert part in description, description
